@@ -1,0 +1,300 @@
+"""The recipe: what a run is, as frozen dataclasses filled from YAML and dotted overrides, checked before anything starts."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# Execution settings: they change how a run is computed, never what it computes. Everything else is the run's identity.
+EXECUTION = (
+    "output", "data.root", "data.workers", "tasks.*.shards", "tasks.*.eval", "train.micro_batch", "train.zero",
+    "train.ds_config", "train.save_every", "train.keep", "train.log_every", "train.timeout", "model.loss_chunk",
+    "model.gradient_checkpointing", "eval.samples", "eval.batch", "eval.max_new_tokens", "data.max_bad_share",
+    "data.cache_mb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str = "data"  # directory that tasks' shard sets are relative to
+    workers: int = 0  # processes that decode images ahead, per rank
+    max_bad_share: float = 0.01  # of the samples seen so far; above it all ranks stop (after the first 100 bad ones or so)
+    cache_mb: int = 256  # decoded images a process keeps, so that a small data set is decoded once
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    tokenizer: str = "train"  # "train": SentencePiece on the shards' text; or a local Hugging Face tokenizer directory
+    vocab_size: int = 512  # of a trained tokenizer, location tokens not counted
+    bins: int = 32  # location tokens per axis, shared by x and y, input and output
+    max_length: int = 256  # text tokens of a sample; longer ones are masked and journalled
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    pretrained: str | None = None  # local directory of a CLIP checkpoint
+    config: dict = field(default_factory=dict)  # CLIPVisionConfig arguments when there is no checkpoint
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    kind: str = "opt"  # opt | llama | t5
+    pretrained: str | None = None
+    config: dict = field(default_factory=dict)  # OPTConfig, LlamaConfig or T5Config arguments
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    targets: tuple[str, ...]  # patterns over module names inside the decoder
+    r: int = 8
+    alpha: int = 32
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vision: VisionConfig
+    decoder: DecoderConfig
+    freeze: tuple[str, ...] = ()  # patterns over parameter names; one that matches nothing is an error
+    train: tuple[str, ...] = ()  # patterns that make trainable again what freeze or lora froze
+    lora: LoraSettings | None = None
+    embedding_std: float | None = None  # re-draws token embeddings of models trained from scratch
+    positions: str = "default"  # "sinusoidal": learned position tables start as sinusoids
+    loss_chunk: int = 1024  # targets per slice of the vocabulary projection
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    type: str  # caption | vqa | classify | locate | detect | pair
+    shards: str  # shard set of the training split, relative to data.root
+    samples: int  # of this task in one window
+    eval: str | None = None  # shard set of the validation split
+    quota: int | None = None  # share in a cycle of drawn strategies (unified, per_rank); default: samples
+    weight: float = 1.0  # of the task's loss
+    prompt: str | None = None  # replaces the task type's own prompt template
+    classes: int = 0  # of a head-bank task (type pair)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    steps: int
+    strategy: str = "accumulate"  # mixed | per_rank | unified | accumulate
+    rounds: str = "task"  # task | packed
+    block: int = 1  # consecutive samples kept together by the permutation (64 on object storage)
+    group: int = 16  # shards that are read side by side
+    samples: int = 0  # per window, for drawn strategies
+    chunk: int = 0  # samples that draw one task together, for per_rank
+    normalise: str = "token"  # token: one target count per objective; task: one per task
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    match: str  # pattern over parameter names
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "cosine"  # cosine | linear | constant
+    warmup: int = 0  # updates
+    floor: float = 0.0  # share of lr at the last update
+    clip: float = 1.0  # gradient norm; 0 = no clipping
+    ema: float = 0.0  # decay of averaged weights; 0 = none
+    groups: tuple[GroupConfig, ...] = ()  # first match wins
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    micro_batch: int = 8  # samples per rank and forward pass
+    zero: int = 3
+    ds_config: str | None = None  # DeepSpeed JSON that replaces ds_configs/zero<N>.json
+    dtype: str = "fp32"  # fp32 | bf16 | fp64
+    save_every: int = 500
+    keep: int = 2  # complete checkpoints
+    log_every: int = 10
+    timeout: int = 60  # seconds a rank waits for the others' digest before it says who is missing
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    samples: int = 200  # per task
+    batch: int = 32
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    model: ModelConfig
+    tasks: dict[str, TaskConfig]
+    schedule: ScheduleConfig
+    seed: int = 0
+    output: str = ""  # run directory; default runs/<name>
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+    def to_dict(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def identity(self) -> dict:
+        """What the run is, as flat `path -> value`: every field but the execution settings."""
+        return {path: value for path, value in flatten(self.to_dict()).items() if not is_execution(path)}
+
+    def identity_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def execution(self) -> dict:
+        """How the run is computed: must agree between ranks, may differ between starts of one run."""
+        local = ("output", "data.root")  # nodes may mount the same files at other places
+        flat = flatten(self.to_dict())
+        return {path: value for path, value in flat.items() if is_execution(path) and path not in local}
+
+
+def is_execution(path: str) -> bool:
+    parts = path.split(".")
+    for pattern in EXECUTION:
+        wanted = pattern.split(".")
+        if len(wanted) <= len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
+            return True
+    return False
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested dicts as one dict with dotted paths; empty dicts and lists are leaves."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, path + ".") if isinstance(value, dict) and value else {path: value}
+    return flat
+
+
+def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Reads a recipe by name (shipped with the package) or path, applies `a.b=value` overrides and checks it whole."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        if str(name) not in known:
+            raise ValueError(
+                f"recipe: no recipe {str(name)!r}{nearest(str(name), known)}; give one of {', '.join(known)} "
+                "or a path that ends in .yaml"
+            )
+        path = RECIPES / f"{name}.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"recipe {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"recipe {path}: expected a mapping, found {type(raw).__name__}")
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_recipe(raw)
+
+
+def parse_recipe(raw: dict) -> Recipe:
+    from dsvlm.config_checks import check_recipe
+
+    recipe = build(Recipe, raw, "")
+    check_recipe(recipe)
+    return recipe
+
+
+def apply_override(raw: dict, override: str) -> None:
+    """Sets one dotted path of the raw recipe: `tasks.vqa.weight=0.5`."""
+    path, sign, text = override.partition("=")
+    if not sign:
+        raise ValueError(f"--set {override}: expected path=value, for example tasks.vqa.weight=0.5")
+    parts = path.strip().split(".")
+    node = raw
+    for depth, part in enumerate(parts[:-1]):
+        if depth == 1 and parts[0] == "tasks" and part not in node:
+            raise ValueError(f"--set {path}: no task {part!r}{nearest(part, node)}; tasks: {', '.join(node)}")
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    try:
+        node[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {path}: value {text!r} is not valid YAML") from None
+
+
+def build(kind: type, value, path: str):
+    """Turns a raw YAML value into `kind`, strictly: unknown key, missing key or wrong type is an error with its path."""
+    if dataclasses.is_dataclass(kind):
+        return build_dataclass(kind, value, path)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else build(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise wrong_type(path, "a list", value)
+        return tuple(build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict) or not value:
+            raise wrong_type(path, "a mapping with at least one entry", value)
+        return {str(key): build(args[1], item, f"{path}.{key}") for key, item in value.items()}
+    if kind is dict:
+        if not isinstance(value, dict):
+            raise wrong_type(path, "a mapping", value)
+        return value
+    if kind is float:
+        return build_float(value, path)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise wrong_type(path, {int: "an integer", str: "text", bool: "true or false"}[kind], value)
+    return value
+
+
+def build_float(value, path: str) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    try:
+        return float(value)  # YAML 1.1 reads 1e-4 as text
+    except (TypeError, ValueError):
+        raise wrong_type(path, "a number", value) from None
+
+
+def build_dataclass(kind: type, value, path: str):
+    if not isinstance(value, dict):
+        raise wrong_type(path or "recipe", "a mapping", value)
+    hints = typing.get_type_hints(kind)
+    where = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            raise ValueError(f"{where}{key}: unknown key{nearest(str(key), hints)}; known here: {', '.join(hints)}")
+    for spec in dataclasses.fields(kind):
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and spec.name not in value:
+            raise ValueError(f"{where}{spec.name}: missing; add it to the recipe")
+    return kind(**{key: build(hints[key], item, f"{where}{key}") for key, item in value.items()})
+
+
+def wrong_type(path: str, expected: str, value) -> ValueError:
+    return ValueError(f"{path}: expected {expected}, found {value!r} ({type(value).__name__})")
+
+
+def nearest(name: str, known) -> str:
+    """` (did you mean 'x'?)`, or nothing when no known name is near."""
+    found = get_close_matches(name, [str(k) for k in known], n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,0 +1,158 @@
+"""Cross-field checks of a recipe: everything that can be known wrong before a file is read or a rank is started."""
+
+import re
+
+from dsvlm.config import ModelConfig, Recipe, TaskConfig, nearest
+
+TASK_TYPES = ("caption", "vqa", "classify", "locate", "detect", "pair")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises one ValueError naming the path, the value found and what to change."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
+        raise ValueError(f"name: {recipe.name!r} must be letters, digits, '.', '_' or '-': it names the run's directory")
+    if not 0 <= recipe.seed < 2**63:
+        raise ValueError(f"seed: {recipe.seed} must be between 0 and 2^63 - 1")
+    for name, task in recipe.tasks.items():
+        check_task(name, task)
+    check_schedule(recipe)
+    check_model(recipe.model)
+    check_numbers(recipe)
+    if recipe.text.tokenizer == "train" and recipe.model.decoder.pretrained:
+        raise ValueError(
+            "text.tokenizer: 'train' makes a new vocabulary, but model.decoder.pretrained has learnt another one; "
+            "set text.tokenizer to the checkpoint's directory"
+        )
+
+
+def one_of(path: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{path}: {value!r} is none of {', '.join(map(str, allowed))}{nearest(str(value), allowed)}")
+
+
+def at_least(path: str, value, least) -> None:
+    if not value >= least:  # also refuses NaN
+        raise ValueError(f"{path}: {value} must be at least {least}")
+
+
+def within(path: str, value, low, high) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{path}: {value} must be between {low} and {high}")
+
+
+def check_task(name: str, task: TaskConfig) -> None:
+    path = f"tasks.{name}"
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+        raise ValueError(f"{path}: a task's name starts with a letter and has letters, digits, '_' or '-' only")
+    one_of(f"{path}.type", task.type, TASK_TYPES)
+    at_least(f"{path}.samples", task.samples, 1)
+    if task.quota is not None:
+        at_least(f"{path}.quota", task.quota, 1)
+    at_least(f"{path}.weight", task.weight, 0.0)
+    if task.type == "pair":
+        at_least(f"{path}.classes", task.classes, 2)
+    elif task.classes:
+        raise ValueError(f"{path}.classes: only tasks of type pair have a head; remove it from this {task.type} task")
+
+
+def check_schedule(recipe: Recipe) -> None:
+    schedule = recipe.schedule
+    one_of("schedule.strategy", schedule.strategy, ("mixed", "per_rank", "unified", "accumulate"))
+    one_of("schedule.rounds", schedule.rounds, ("task", "packed"))
+    one_of("schedule.normalise", schedule.normalise, ("token", "task"))
+    for field in ("steps", "block", "group"):
+        at_least(f"schedule.{field}", getattr(schedule, field), 1)
+    if schedule.strategy in ("unified", "per_rank"):
+        if schedule.samples < 1:
+            raise ValueError(
+                f"schedule.samples: {schedule.samples}; strategy {schedule.strategy} draws tasks, "
+                "so set how many samples a window holds"
+            )
+    elif schedule.samples or schedule.chunk:
+        raise ValueError(
+            f"schedule.samples, schedule.chunk: strategy {schedule.strategy} takes each task's own samples; remove them"
+        )
+    if schedule.strategy == "per_rank" and (schedule.chunk < 1 or schedule.samples % schedule.chunk):
+        raise ValueError(
+            f"schedule.chunk: {schedule.chunk} must be a divisor of schedule.samples ({schedule.samples}): "
+            "each chunk of samples draws its own task"
+        )
+
+
+def check_model(model: ModelConfig) -> None:
+    one_of("model.decoder.kind", model.decoder.kind, ("opt", "llama", "t5"))
+    one_of("model.positions", model.positions, ("default", "sinusoidal"))
+    at_least("model.loss_chunk", model.loss_chunk, 1)
+    for part, config in (("vision", model.vision), ("decoder", model.decoder)):
+        if not config.pretrained and not config.config:
+            raise ValueError(f"model.{part}: give either config (sizes of a new model) or pretrained (a directory)")
+    if model.embedding_std is not None and model.decoder.pretrained:
+        raise ValueError("model.embedding_std: re-draws embeddings, which would destroy model.decoder.pretrained; remove it")
+    if model.positions == "sinusoidal" and (model.decoder.pretrained or model.vision.pretrained):
+        raise ValueError("model.positions: sinusoidal would overwrite a checkpoint's positions; use default")
+    for path, patterns in (("freeze", model.freeze), ("train", model.train), ("lora.targets", lora_targets(model))):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"model.{path}: {pattern!r} is not a regular expression: {error}") from None
+    if model.lora:
+        at_least("model.lora.r", model.lora.r, 1)
+        within("model.lora.dropout", model.lora.dropout, 0.0, 0.9)
+    check_sizes(model)
+
+
+def lora_targets(model: ModelConfig) -> tuple[str, ...]:
+    return model.lora.targets if model.lora else ()
+
+
+def check_sizes(model: ModelConfig) -> None:
+    """Sizes of a new model that cannot fit together."""
+    vision = model.vision.config
+    if not model.vision.pretrained:
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
+            if key not in vision:
+                raise ValueError(f"model.vision.config.{key}: missing; a new vision tower needs it")
+        if vision["image_size"] % vision["patch_size"]:
+            raise ValueError(
+                f"model.vision.config.patch_size: {vision['patch_size']} does not divide image_size {vision['image_size']}"
+            )
+        if vision["hidden_size"] % vision["num_attention_heads"]:
+            raise ValueError(
+                f"model.vision.config.num_attention_heads: {vision['num_attention_heads']} does not divide "
+                f"hidden_size {vision['hidden_size']}"
+            )
+    decoder = model.decoder.config
+    width, heads = decoder.get("hidden_size"), decoder.get("num_attention_heads")
+    if width and heads and width % heads:
+        raise ValueError(f"model.decoder.config.num_attention_heads: {heads} does not divide hidden_size {width}")
+
+
+def check_numbers(recipe: Recipe) -> None:
+    optim, train = recipe.optim, recipe.train
+    one_of("optim.schedule", optim.schedule, ("cosine", "linear", "constant"))
+    one_of("train.dtype", train.dtype, ("fp32", "bf16", "fp64"))
+    one_of("train.zero", train.zero, (0, 1, 2, 3))
+    if optim.warmup > recipe.schedule.steps:
+        raise ValueError(
+            f"optim.warmup: {optim.warmup} updates are more than schedule.steps ({recipe.schedule.steps}): "
+            "the learning rate would never reach optim.lr"
+        )
+    if len(optim.betas) != 2:
+        raise ValueError(f"optim.betas: expected two numbers, found {list(optim.betas)}")
+    for index, beta in enumerate(optim.betas):
+        within(f"optim.betas[{index}]", beta, 0.0, 0.999999)
+    within("optim.floor", optim.floor, 0.0, 1.0)
+    within("optim.ema", optim.ema, 0.0, 0.999999)
+    for path, value, least in (
+        ("optim.lr", optim.lr, 0.0), ("optim.warmup", optim.warmup, 0), ("optim.clip", optim.clip, 0.0),
+        ("optim.weight_decay", optim.weight_decay, 0.0), ("train.micro_batch", train.micro_batch, 1),
+        ("train.save_every", train.save_every, 1), ("train.keep", train.keep, 1), ("train.timeout", train.timeout, 1),
+        ("train.log_every", train.log_every, 1), ("data.workers", recipe.data.workers, 0),
+        ("data.cache_mb", recipe.data.cache_mb, 0), ("text.vocab_size", recipe.text.vocab_size, 32),
+        ("text.max_length", recipe.text.max_length, 4), ("eval.samples", recipe.eval.samples, 1),
+        ("eval.batch", recipe.eval.batch, 1), ("eval.max_new_tokens", recipe.eval.max_new_tokens, 1),
+    ):  # fmt: skip
+        at_least(path, value, least)
+    within("text.bins", recipe.text.bins, 2, 4096)
+    within("data.max_bad_share", recipe.data.max_bad_share, 0.0, 1.0)
