@@ -1,0 +1,194 @@
+"""The plan: which samples each optimizer update uses, as a pure function of (schedule, step).
+
+Nothing here knows the world size or the micro-batch: those are settings of execution (see `strategy`).
+"""
+
+import difflib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from dsvlm.schedule.keys import hash64, key64
+from dsvlm.schedule.mixture import Mixture
+from dsvlm.schedule.permutation import EpochOrder, permute
+
+SCHEDULE_VERSION = 1  # of the order that a schedule stands for: any change to the order must raise it
+STRATEGIES = ("accumulate", "mixed", "unified", "per_rank")
+ROUND_KINDS = ("task", "packed")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The samples of one task: `samples` per window (accumulate, mixed) or `quota` per cycle (unified, per_rank)."""
+
+    name: str
+    shard_sizes: tuple[int, ...]
+    samples: int
+    quota: int
+
+    @property
+    def size(self) -> int:
+        """Samples in one epoch."""
+        return sum(self.shard_sizes)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a run trains on, in global quantities only; ValueError names the field, its value and what to change.
+
+    `samples` (per window) and `chunk` (samples that draw one task) are for unified and per_rank; unified has one chunk.
+    """
+
+    seed: int
+    strategy: str
+    streams: tuple[Stream, ...]
+    rounds: str = "task"
+    block: int = 1
+    group: int = 16
+    samples: int = 0
+    chunk: int = 0
+
+    @property
+    def cyclic(self) -> bool:
+        """Whether tasks are drawn through cycles of quotas."""
+        return self.strategy in ("unified", "per_rank")
+
+    def __post_init__(self):
+        _one_of("schedule.strategy", self.strategy, STRATEGIES)
+        _one_of("schedule.rounds", self.rounds, ROUND_KINDS)
+        _at_least(0, "schedule.seed", self.seed)
+        _at_least(1, "schedule.block", self.block)
+        _at_least(1, "schedule.group", self.group)
+        if not self.streams:
+            raise ValueError("schedule.streams is empty: name at least one task")
+        names = [stream.name for stream in self.streams]
+        for stream in self.streams:
+            if names.count(stream.name) > 1:
+                raise ValueError(f"task {stream.name!r} is given twice: give each task its own name")
+            for shard, size in enumerate(stream.shard_sizes):
+                _at_least(0, f"task {stream.name!r}: samples of shard {shard}", size)
+            if stream.size == 0:
+                raise ValueError(f"task {stream.name!r} has 0 samples: check its shard set, or remove the task")
+            field = "quota" if self.cyclic else "samples"
+            _at_least(1, f"task {stream.name!r}: {field}", getattr(stream, field))
+        if self.cyclic:
+            _at_least(1, "schedule.samples", self.samples)
+        if self.strategy == "unified" and self.chunk not in (0, self.samples):
+            raise ValueError(
+                f"schedule.chunk is {self.chunk}, but a unified window is one chunk: "
+                f"set it to schedule.samples = {self.samples} or leave it out"
+            )
+        if self.strategy == "per_rank":
+            _at_least(1, "schedule.chunk", self.chunk)
+            if self.samples % self.chunk:
+                raise ValueError(
+                    f"schedule.chunk is {self.chunk}, which does not divide schedule.samples = {self.samples}: "
+                    f"use samples = {self.samples - self.samples % self.chunk or self.chunk} or another chunk"
+                )
+
+
+class Block(NamedTuple):
+    """Consecutive ordinals of one task; ordinal o is position o % size of epoch o // size of the task's stream."""
+
+    task: int
+    first_ordinal: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """The samples of one optimizer update, in order: block after block, then permuted by `order_key` if not None."""
+
+    step: int
+    blocks: tuple[Block, ...]
+    order_key: int | None = None
+
+    def __len__(self) -> int:
+        return int(self._edges[-1])
+
+    def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (task: [n] int32, ordinal: [n] int64) of places start..stop-1, n = stop - start; O(n)."""
+        place = np.arange(start, stop)
+        if self.order_key is not None:
+            place = permute(place, len(self), self.order_key)
+        block = np.searchsorted(self._edges, place, side="right") - 1
+        return self._tasks[block].astype(np.int32), self._firsts[block] + place - self._edges[block]
+
+    @property
+    def task(self) -> np.ndarray:
+        """Task index of every sample, [n] int32."""
+        return self.span(0, len(self))[0]
+
+    @property
+    def ordinal(self) -> np.ndarray:
+        """Ordinal of every sample within its task, [n] int64."""
+        return self.span(0, len(self))[1]
+
+    @cached_property
+    def _edges(self) -> np.ndarray:
+        return np.cumsum([0] + [block.count for block in self.blocks])
+
+    @cached_property
+    def _tasks(self) -> np.ndarray:
+        return np.array([block.task for block in self.blocks])
+
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        return np.array([block.first_ordinal for block in self.blocks])
+
+
+class Plan:
+    """The pure function from a step to its window, and from ordinals to samples; no I/O, any order of calls."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self._sizes = [np.array(stream.shard_sizes, np.int64) for stream in schedule.streams]
+        self._keys = [key64("task", schedule.seed, stream.name) for stream in schedule.streams]
+        self._mixture = Mixture(tuple(s.quota for s in schedule.streams), schedule.seed) if schedule.cyclic else None
+        self._recent = {task: () for task in range(len(schedule.streams))}  # the two latest (epoch, EpochOrder) of each
+
+    def window(self, step: int) -> Window:
+        """Return the window of update `step` (>= 0)."""
+        assert step >= 0
+        schedule = self.schedule
+        if schedule.cyclic:
+            chunk = schedule.samples if schedule.strategy == "unified" else schedule.chunk
+            chunks = schedule.samples // chunk
+            task, occurrence = self._mixture.slots(step * chunks, (step + 1) * chunks)
+            blocks = zip(task.tolist(), (occurrence * chunk).tolist(), [chunk] * chunks, strict=True)
+            return Window(step, tuple(map(Block._make, blocks)))
+        counts = [stream.samples for stream in schedule.streams]
+        blocks = tuple(Block(task, step * count, count) for task, count in enumerate(counts))
+        return Window(step, blocks, key64("mixed", schedule.seed, step) if schedule.strategy == "mixed" else None)
+
+    def locate(self, task: int, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (epoch: [n] int64, sample id: [n] int64) of `ordinals: [n] int64` of one task."""
+        epoch, position = np.divmod(np.asarray(ordinals, np.int64), self.schedule.streams[task].size)
+        sample = np.empty_like(position)
+        for number in np.unique(epoch).tolist():
+            here = epoch == number
+            sample[here] = self._order(task, number).samples(position[here])
+        return epoch, sample
+
+    def _order(self, task: int, epoch: int) -> EpochOrder:
+        recent = self._recent[task]
+        for number, order in recent:
+            if number == epoch:
+                return order
+        key = int(hash64(self._keys[task], epoch)[0])
+        order = EpochOrder(self._sizes[task], self.schedule.block, self.schedule.group, key)
+        self._recent[task] = ((epoch, order), *recent[:1])
+        return order
+
+
+def _at_least(low: int, field: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+        raise ValueError(f"{field} is {value!r}: use an integer of at least {low}")
+
+
+def _one_of(field: str, value: str, names: tuple[str, ...]) -> None:
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, n=1, cutoff=0)
+        raise ValueError(f"{field} is {value!r}: did you mean {near[0]!r}? Valid: {', '.join(names)}")
