@@ -1,0 +1,16 @@
+"""One file per source format; each turns a dataset into shard sets with a function, `add_arguments` and `run`."""
+
+import difflib
+
+
+def choose_tasks(text: str, known) -> tuple[str, ...]:
+    """The tasks named in a comma separated list, each once; ValueError for an unknown name, with the nearest one."""
+    chosen = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            raise ValueError(f"--tasks: unknown task {name!r}: {hint}")
+    if not chosen:
+        raise ValueError(f"--tasks is empty: choose from {', '.join(known)}")
+    return chosen
