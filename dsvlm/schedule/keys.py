@@ -26,16 +26,11 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def draw(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """Return number `counter` of the splitmix64 sequence seeded by `key` ([...] uint64, broadcast)."""
-    return mix(key + (counter + np.uint64(1)) * GOLDEN)
-
-
 def hash64(*words: int | np.ndarray) -> np.ndarray:
     """Hash integers in order: words are taken mod 2^64 and broadcast to [...] (at least one axis) uint64."""
     state = np.zeros(1, np.uint64)
     for word in words:
-        state = draw(state, as_uint64(word))
+        state = mix(state + (as_uint64(word) + np.uint64(1)) * GOLDEN)
     return state
 
 

@@ -2,12 +2,14 @@
 
 import numpy as np
 
-from dsvlm.schedule.keys import as_uint64, draw, hash64
+from dsvlm.schedule.keys import GOLDEN, as_uint64, hash64, mix
 
 ROUNDS = 16  # with 8 or 12, the orders of 5 to 8 items are measurably uneven
 _ONE = np.uint64(1)
 _HALF = np.uint64(32)
 _POWERS = _ONE << np.arange(64, dtype=np.uint64)
+_TURNS = np.arange(1, ROUNDS + 1, dtype=np.uint64) * GOLDEN
+_STRIDE = (np.full(1, ROUNDS, np.uint64) * GOLDEN)[0]
 
 
 def permute(index: np.ndarray, n: int | np.ndarray, key: int | np.ndarray) -> np.ndarray:
@@ -40,28 +42,29 @@ def _walk(network, index, n, key) -> np.ndarray:
 def _forward(x, bits, side, key) -> np.ndarray:
     mask = (_ONE << bits) - _ONE
     low, high = x & mask, x >> bits
-    for turn in range(ROUNDS):
-        if turn % 2 == 0:
-            low = (low + _below(key, high, turn, mask + _ONE)) & mask
-        else:
-            high = (high + _below(key, low, turn, side)) % side
+    for turn in range(0, ROUNDS, 2):
+        low = (low + _draw(key, high, turn)) & mask
+        high = (high + _below(key, low, turn + 1, side)) % side
     return (high << bits) | low
 
 
 def _backward(x, bits, side, key) -> np.ndarray:
     mask = (_ONE << bits) - _ONE
     low, high = x & mask, x >> bits
-    for turn in reversed(range(ROUNDS)):
-        if turn % 2 == 0:
-            low = (low - _below(key, high, turn, mask + _ONE)) & mask
-        else:
-            high = (high + side - _below(key, low, turn, side)) % side
+    for turn in range(ROUNDS - 2, -1, -2):
+        high = (high + side - _below(key, low, turn + 1, side)) % side
+        low = (low - _draw(key, high, turn)) & mask
     return (high << bits) | low
 
 
+def _draw(key, half, turn: int) -> np.ndarray:
+    """Return the splitmix64 draw of (half, turn): number half * ROUNDS + turn of the sequence seeded by `key`."""
+    return mix(key + _TURNS[turn] + half * _STRIDE)
+
+
 def _below(key, half, turn: int, limit) -> np.ndarray:
-    """Draw a number below `limit` (at most 2^32) for each half; every (half, turn) has its own counter."""
-    return ((draw(key, half * np.uint64(ROUNDS) + np.uint64(turn)) >> _HALF) * limit) >> _HALF
+    """Return a draw below `limit` (at most 2^32), from the high bits."""
+    return ((_draw(key, half, turn) >> _HALF) * limit) >> _HALF
 
 
 class EpochOrder:
