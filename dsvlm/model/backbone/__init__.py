@@ -1,0 +1,78 @@
+"""The language models that can decode: what to build, and how rows go through it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from types import ModuleType
+
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dsvlm.model.backbone import causal, seq2seq
+from dsvlm.model.backbone.attention import NAME
+
+
+@dataclass(frozen=True)
+class Kind:
+    """config, model: the Hugging Face classes; flow: module with `states` and `greedy`; attention: implementation."""
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    flow: ModuleType
+    attention: str
+
+
+KINDS = {
+    "opt": Kind(OPTConfig, OPTForCausalLM, causal, NAME),
+    "llama": Kind(LlamaConfig, LlamaForCausalLM, causal, NAME),
+    # eager: T5 adds a relative position bias to the scores, and its dropout must be keyed by sample
+    "t5": Kind(T5Config, T5ForConditionalGeneration, seq2seq, "eager"),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The decoder kind of that name; ValueError naming the known ones."""
+    if name not in KINDS:
+        raise ValueError(f"decoder.kind: {name!r} is unknown; choose one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def build_decoder(kind: Kind, settings: dict) -> PreTrainedModel:
+    """A decoder with random weights; settings: arguments of its configuration, or one saved as a dict."""
+    config = kind.config.from_dict(settings)
+    check_decoder(config)
+    config._attn_implementation = kind.attention
+    return kind.model(config)
+
+
+def check_decoder(config: PreTrainedConfig) -> None:
+    """ValueError if head counts do not divide, or if layers are dropped at random."""
+    heads = config.num_attention_heads
+    if not config.is_encoder_decoder and config.hidden_size % heads:
+        raise ValueError(f"decoder: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % kv_heads:
+        raise ValueError(f"decoder: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if getattr(config, "layerdrop", 0.0) > 0.0:
+        raise ValueError(
+            f"decoder: layerdrop {config.layerdrop} skips modules at random, which ZeRO-3 cannot do; set layerdrop to 0"
+        )
+
+
+def check_settings(config: type[PreTrainedConfig], settings: dict, where: str) -> None:
+    """ValueError for a key that the configuration class does not have; Hugging Face would accept it silently."""
+    known = sorted(config().to_dict())
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ValueError(f"{where}.{key}: {config.__name__} has no such key{hint}")

@@ -1,0 +1,96 @@
+"""Dropout whose masks belong to samples: the same draws on any rank, world size, unit and padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+# odd 64-bit constants as signed integers: splitmix64's increment and finaliser, and one factor per trailing dimension
+INCREMENT = 0x9E3779B97F4A7C15 - 2**64
+MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+DIMENSION = (0xD1342543DE82EF95 - 2**64, 0xAF251AF3B0F025B5 - 2**64, 0x5851F42D4C957F2D, 0x369DEA0F31A53F85)
+BITS = 53
+
+
+class KeyedDropout(TorchFunctionMode):
+    """Within this context `torch.nn.functional.dropout` draws its masks from sample keys.
+
+    row_keys: [B] int64, one per row; image_keys: [N] int64, one per image (`image_keys`).
+    A mask element is a hash of (key of its sample or image, nonce of the call, position in the sample). The nonce comes
+    from the CPU default generator, which the caller seeds equally on all ranks; `torch.utils.checkpoint` restores that
+    generator, so a recomputed call draws the same mask (enter the context around the backward, too).
+    A tensor belongs to the rows or the images by its leading dimension; [B * S, D] is read as [B, S, D].
+    """
+
+    def __init__(self, row_keys: Tensor, image_keys: Tensor):
+        super().__init__()
+        self.row_keys = row_keys
+        self.image_keys = image_keys
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0.0:
+            raise ValueError("dropout inside scaled_dot_product_attention cannot be keyed by sample; use dsvlm_git")
+        return func(*args, **kwargs)
+
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0.0:
+            return x
+        if not 0.0 < p <= 1.0:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        nonce = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64).item()
+        shape = x.shape
+        if x.dim() == 2 and len(self.row_keys) > 0 and shape[0] % len(self.row_keys) == 0:
+            x = x.unflatten(0, (len(self.row_keys), -1))  # OPT flattens rows and positions before its feed-forward
+        keep = keyed_uniform(self._keys(x), nonce, x.shape) >= int(p * 2**BITS)
+        return (x * keep * (1.0 / (1.0 - p) if p < 1.0 else 0.0)).view(shape)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        for keys in (self.row_keys, self.image_keys):
+            if x.shape[0] == len(keys):
+                return keys
+        raise ValueError(
+            f"dropout of a tensor {tuple(x.shape)}: its leading dimension is neither the {len(self.row_keys)} rows nor "
+            f"the {len(self.image_keys)} images of the batch, so its draws cannot be keyed by sample; set this "
+            "module's dropout to 0"
+        )
+
+
+def keyed_uniform(keys: Tensor, nonce: int, shape: torch.Size) -> Tensor:
+    """Integers uniform in [0, 2^53) that depend on (key, nonce, index) only, not on the sizes of the dimensions.
+
+    keys: [shape[0]] int64; shape: at most 5 dimensions. Trailing dimensions are counted from the last, so that an
+    absent dimension and a dimension of size 1 are the same.
+    """
+    if len(shape) - 1 > len(DIMENSION):
+        raise ValueError(f"keyed dropout: at most {len(DIMENSION) + 1} dimensions, found {tuple(shape)}")
+    state = splitmix(keys ^ nonce).view(-1, *(1,) * (len(shape) - 1))
+    for back, factor in zip(range(1, len(shape)), DIMENSION, strict=False):
+        index = torch.arange(shape[-back], device=keys.device) * factor
+        state = state + index.view(-1, *(1,) * (back - 1))
+    return (splitmix(state) >> (64 - BITS)) & (2**BITS - 1)
+
+
+def splitmix(x: Tensor) -> Tensor:
+    """splitmix64's bijection of 64-bit integers (Steele et al. 2014), on int64 with wrap-around."""
+    x = x + INCREMENT
+    x = (x ^ _shift(x, 30)) * MIX[0]
+    x = (x ^ _shift(x, 27)) * MIX[1]
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & (2 ** (64 - bits) - 1)  # int64 shifts carry the sign in; the mask makes the shift logical
+
+
+def image_keys(row_keys: Tensor, image_row: Tensor) -> Tensor:
+    """[N] int64 keys of images: the row's key for its first image, derived keys for the others, 0 for a dummy.
+
+    row_keys: [B] int64; image_row: [N] int64, -1 = dummy.
+    """
+    earlier = (image_row[:, None] == image_row).tril(-1).sum(dim=1)
+    return torch.where(image_row >= 0, row_keys[image_row.clamp(min=0)] + earlier * DIMENSION[-1], 0)

@@ -1,0 +1,170 @@
+"""`GitVlm`: vision encoder, connector and language model under the GIT mask."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+
+from dsvlm.model.backbone import build_decoder, kind_of
+from dsvlm.model.backbone.attention import register
+from dsvlm.model.connector import Connector
+from dsvlm.model.dropout import KeyedDropout, image_keys
+from dsvlm.model.heads import HeadBank
+from dsvlm.model.loss import VocabHead
+from dsvlm.model.rows import Rows, assemble
+from dsvlm.model.vision import VisionEncoder, build_tower
+
+if TYPE_CHECKING:
+    from dsvlm.data.collate import Batch
+
+IGNORE = -100
+
+
+class GitVlmConfig(PreTrainedConfig):
+    """Configuration of a `GitVlm`.
+
+    decoder_kind: key of `backbone.KINDS`; vision_settings, decoder_settings: the parts' own configurations as dicts;
+    heads: classes per task head; image_mean, image_std: per channel, of pixels scaled to [0, 1].
+    """
+
+    model_type = "dsvlm_git"
+
+    decoder_kind: str = "opt"
+    vision_settings: dict | None = None
+    decoder_settings: dict | None = None
+    heads: dict | None = None
+    image_mean: list | None = None
+    image_std: list | None = None
+    loss_chunk: int = 1024
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+
+class GitVlm(PreTrainedModel):
+    """A vision-language model whose every forward runs every module, whatever the batch holds.
+
+    Rows are [own image tokens | own text]; images see images of their row, text sees them and its past. A batch without
+    images brings one dummy image; all heads of the bank run on all rows. Under ZeRO-3 ranks then agree on the modules.
+    """
+
+    config_class = GitVlmConfig
+    main_input_name = "pixels"
+    supports_gradient_checkpointing = True
+
+    def __init__(
+        self, config: GitVlmConfig, tower: CLIPVisionModel | None = None, decoder: PreTrainedModel | None = None
+    ):
+        super().__init__(config)
+        register()
+        kind = kind_of(config.decoder_kind)
+        tower = tower or build_tower(config.vision_settings)
+        decoder = decoder or build_decoder(kind, config.decoder_settings)
+        head = VocabHead(decoder.get_output_embeddings().weight, config.loss_chunk)
+        decoder.set_output_embeddings(head)
+        self.flow = kind.flow
+        self.vision = VisionEncoder(tower, config.image_mean, config.image_std)
+        self.connector = Connector(
+            tower.config.hidden_size,
+            decoder.get_input_embeddings().embedding_dim,
+            eps=tower.config.layer_norm_eps,
+        )
+        self.decoder = decoder
+        self.heads = HeadBank(config.heads or {}, head.in_features)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> VocabHead:
+        return self.decoder.get_output_embeddings()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of a batch as a sum, for normalisation over a window.
+
+        Returns loss_sum [] = sum over targets of weight * nll (head losses included), at least fp32; and detached, per
+        row [B]: nll (unweighted sum), count (int64 targets), correct (int64 targets predicted right).
+        """
+        with self.keyed_dropout(batch):
+            hidden, start, pooled = self._states(batch)
+        live = batch.targets != IGNORE
+        row, column = live.nonzero(as_tuple=True)
+        loss, nll, correct = self.get_output_embeddings()(
+            hidden[row, start[row] + column], batch.targets[row, column], batch.weight[row]
+        )
+        head_loss, head_nll, head_correct = self.heads(pooled, batch.head, batch.label, batch.weight)
+        # scattered back to [B, L] and summed along rows: no atomic additions, so equal in every run
+        table = torch.zeros(live.shape, dtype=nll.dtype, device=nll.device)
+        return {
+            "loss_sum": loss + head_loss,
+            "nll": table.masked_scatter(live, nll).sum(dim=1) + head_nll,
+            "count": live.sum(dim=1) + (batch.head >= 0),
+            "correct": live.masked_scatter(live, correct).sum(dim=1) + head_correct,
+        }
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, L, vocab] logits at the positions of `batch.targets`: the whole tensor, for tests and evaluation."""
+        with self.keyed_dropout(batch):
+            hidden, start, _ = self._states(batch)
+        column = torch.arange(batch.targets.shape[1], device=hidden.device)
+        position = (start[:, None] + column).clamp(max=hidden.shape[1] - 1)
+        row = torch.arange(len(hidden), device=hidden.device)[:, None]
+        return self.get_output_embeddings()(hidden[row, position])
+
+    @torch.no_grad()
+    def generate(
+        self, pixels: Tensor, image_row: Tensor, tokens: Tensor, lengths: Tensor, max_new_tokens: int, eos_id: int
+    ) -> Tensor:
+        """Greedy decoding of prompts of any lengths and numbers of images, batched, with a cache.
+
+        pixels, image_row, tokens, lengths: as in `Batch`. Returns [B, <= max_new_tokens] int64, pad after EOS.
+        """
+        training = self.training
+        self.eval()
+        try:
+            rows = self._rows(pixels, image_row, tokens, lengths, flush_right=self.flow.FLUSH_RIGHT)
+            return self.flow.greedy(self.decoder, rows, max_new_tokens, eos_id, self.config.pad_token_id)
+        finally:
+            self.train(training)
+
+    def keyed_dropout(self, batch: Batch) -> AbstractContextManager:
+        """The context in which dropout is drawn per sample; no effect in evaluation or in a model without dropout.
+
+        Hold it around the backward, too, when layers are recomputed there.
+        """
+        if not self._drops():
+            return nullcontext()
+        _, image_row = self._images(batch)
+        return KeyedDropout(batch.keys, image_keys(batch.keys, image_row))
+
+    def _drops(self) -> bool:
+        names = ("p", "dropout", "attention_dropout", "activation_dropout")
+        values = (vars(module).get(name) for module in self.modules() for name in names)
+        return self.training and any(isinstance(value, float) and value > 0.0 for value in values)
+
+    def _images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Pixels and image rows; with dropout, a dummy more where as many images as rows could be taken for rows."""
+        pixels, image_row = batch.pixels, batch.image_row
+        ambiguous = len(image_row) == len(batch.tokens)
+        if not ambiguous or torch.equal(image_row, torch.arange(len(image_row), device=image_row.device)):
+            return pixels, image_row
+        if not self._drops():
+            return pixels, image_row
+        return torch.cat((pixels, torch.zeros_like(pixels[:1]))), nn.functional.pad(image_row, (0, 1), value=-1)
+
+    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        pixels, image_row = self._images(batch)
+        rows = self._rows(pixels, image_row, batch.tokens, batch.lengths)
+        return self.flow.states(self.decoder, rows, batch)
+
+    def _rows(
+        self, pixels: Tensor, image_row: Tensor, tokens: Tensor, lengths: Tensor, flush_right: bool = False
+    ) -> Rows:
+        features = self.connector(self.vision(pixels))
+        text = self.get_input_embeddings()(tokens)
+        return assemble(features, image_row, text, lengths, flush_right=flush_right)
