@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 # odd 64-bit constants as signed integers: splitmix64's increment and finaliser, and one factor per trailing dimension
 INCREMENT = 0x9E3779B97F4A7C15 - 2**64
@@ -14,28 +15,29 @@ DIMENSION = (0xD1342543DE82EF95 - 2**64, 0xAF251AF3B0F025B5 - 2**64, 0x5851F42D4
 BITS = 53
 
 
-class KeyedDropout(TorchFunctionMode):
+class KeyedDropout(AbstractContextManager):
     """Within this context `torch.nn.functional.dropout` draws its masks from sample keys.
 
     row_keys: [B] int64, one per row; image_keys: [N] int64, one per image (`image_keys`).
     A mask element is a hash of (key of its sample or image, nonce of the call, position in the sample). The nonce comes
     from the CPU default generator, which the caller seeds equally on all ranks; `torch.utils.checkpoint` restores that
-    generator, so a recomputed call draws the same mask (enter the context around the backward, too).
+    generator, so a recomputed call draws the same mask (hold the context around the backward, too).
     A tensor belongs to the rows or the images by its leading dimension; [B * S, D] is read as [B, S, D].
+
+    The function itself is replaced, in all threads, as the backward of a GPU recomputes in a thread of its own; a
+    torch function mode is off during `Tensor.backward`.
     """
 
     def __init__(self, row_keys: Tensor, image_keys: Tensor):
-        super().__init__()
         self.row_keys = row_keys
         self.image_keys = image_keys
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return self._dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0.0:
-            raise ValueError("dropout inside scaled_dot_product_attention cannot be keyed by sample; use dsvlm_git")
-        return func(*args, **kwargs)
+    def __enter__(self) -> KeyedDropout:
+        self.replaced, F.dropout = F.dropout, self._dropout
+        return self
+
+    def __exit__(self, *error) -> None:
+        F.dropout = self.replaced
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:

@@ -1,0 +1,140 @@
+"""`build_model`: a `GitVlm` from a recipe, with random or pretrained parts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, PreTrainedModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from dsvlm.model.backbone import Kind, build_decoder, check_decoder, check_settings, kind_of
+from dsvlm.model.backbone.attention import NAME, register
+from dsvlm.model.freeze import apply_freezing
+from dsvlm.model.git import GitVlm, GitVlmConfig
+from dsvlm.model.lora import apply_lora
+from dsvlm.model.vision import build_tower, check_tower
+
+if TYPE_CHECKING:
+    from dsvlm.config import DecoderConfig, ModelConfig, VisionConfig
+
+# the parts of a whole CLIP checkpoint that its vision tower leaves unread
+CLIP_UNREAD = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+
+
+def build_model(
+    config: ModelConfig, *, vocab_size: int, pad_id: int, bos_id: int, eos_id: int, heads: dict[str, int], seed: int
+) -> GitVlm:
+    """The model of a recipe, its parameters frozen and adapted as it says; the caller's random state is not touched.
+
+    vocab_size: tokens of the tokenizer, for which embedding rows are added where the decoder has fewer;
+    heads: classes per head of the bank, in the order of `Batch.head`. Sizes that conflict, and weights missing from or
+    left over in a checkpoint, are a ValueError.
+    """
+    register()
+    tokens = {"pad_token_id": pad_id, "bos_token_id": bos_id, "eos_token_id": eos_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        kind = kind_of(config.decoder.kind)
+        tower = _tower(config.vision)
+        decoder = _decoder(kind, config.decoder, vocab_size, tokens)
+        model = GitVlm(
+            GitVlmConfig(
+                decoder_kind=config.decoder.kind,
+                vision_settings=_settings(tower),
+                decoder_settings=_settings(decoder),
+                heads=dict(heads),
+                image_mean=list(OPENAI_CLIP_MEAN),
+                image_std=list(OPENAI_CLIP_STD),
+                loss_chunk=config.loss_chunk,
+                **tokens,
+            ),
+            tower,
+            decoder,
+        )
+        if config.embedding_std is not None:
+            nn.init.normal_(model.get_input_embeddings().weight, std=config.embedding_std)
+        if config.positions == "sinusoidal":
+            set_sinusoidal_positions(model)
+        if config.lora is not None:
+            apply_lora(model, config.lora)
+    apply_freezing(model, config.freeze, config.train)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _tower(config: VisionConfig) -> CLIPVisionModel:
+    if config.pretrained is None:
+        check_settings(CLIPVisionModel.config_class, config.config, "model.vision.config")
+        return build_tower(config.config)
+    tower = load_pretrained(CLIPVisionModel, config.pretrained, NAME, unread=CLIP_UNREAD)
+    check_tower(tower.config)
+    return tower
+
+
+def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[str, int]) -> PreTrainedModel:
+    if config.pretrained is None:
+        check_settings(kind.config, config.config, "model.decoder.config")
+        decoder = build_decoder(kind, {"vocab_size": vocab_size, **config.config, **tokens})
+    else:
+        decoder = load_pretrained(kind.model, config.pretrained, kind.attention)
+        check_decoder(decoder.config)
+    if decoder.config.is_encoder_decoder and getattr(decoder.config, "decoder_start_token_id", None) is None:
+        decoder.config.decoder_start_token_id = tokens["pad_token_id"]
+    if decoder.config.vocab_size < vocab_size:
+        decoder.resize_token_embeddings(vocab_size)
+    return decoder
+
+
+def load_pretrained(
+    model_class: type[PreTrainedModel], directory: str, attention: str, unread: tuple[str, ...] = ()
+) -> PreTrainedModel:
+    """A model from a local Hugging Face directory; ValueError unless its weights are the model's, name by name.
+
+    unread: prefixes of weights that the checkpoint may hold beyond the model's.
+    """
+    if not Path(directory).is_dir():
+        raise ValueError(f"pretrained: {directory!r} is not a directory; give the path of a downloaded checkpoint")
+    model, report = model_class.from_pretrained(
+        directory, output_loading_info=True, attn_implementation=attention, dtype=torch.float32
+    )
+    for state in ("missing", "unexpected", "mismatched"):
+        keys = [key if isinstance(key, str) else key[0] for key in report[f"{state}_keys"]]
+        keys = sorted(key for key in keys if state != "unexpected" or not key.startswith(unread))
+        if keys:
+            shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+            raise ValueError(f"{directory}: {state} weights for {model_class.__name__}: {shown}")
+    return model
+
+
+def _settings(part: PreTrainedModel) -> dict:
+    return {key: value for key, value in part.config.to_dict().items() if key not in ("dtype", "_name_or_path")}
+
+
+@torch.no_grad()
+def set_sinusoidal_positions(model: GitVlm) -> None:
+    """Start learned position tables from sinusoids of standard deviation 1.
+
+    Patches: rows in one half of the features, columns in the other (MAE, He et al. 2021), the class token 0. OPT's
+    table: Vaswani et al. 2017. Decoders without a table (rotary, relative) keep theirs.
+    """
+    table = model.vision.tower.embeddings.position_embedding.weight
+    side, half = math.isqrt(len(table) - 1), table.shape[1] // 2
+    line = torch.arange(side)
+    table.zero_()
+    table[1:, :half] = sinusoids(line.repeat_interleave(side), half)
+    table[1:, half:] = sinusoids(line.repeat(side), table.shape[1] - half)
+    if model.decoder.config.model_type == "opt":
+        table = model.decoder.model.decoder.embed_positions.weight
+        table.copy_(sinusoids(torch.arange(len(table)), table.shape[1]))
+
+
+def sinusoids(position: Tensor, size: int) -> Tensor:
+    """[len(position), size]: sines, then cosines, of wavelengths 2 pi to 20000 pi, with standard deviation 1."""
+    frequency = 10000.0 ** (-torch.arange((size + 1) // 2) / ((size + 1) // 2))
+    angle = position[:, None] * frequency
+    return math.sqrt(2.0) * torch.cat((angle.sin(), angle.cos()), dim=1)[:, :size]
