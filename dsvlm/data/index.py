@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from dsvlm.data.manifest import arrow_bytes
+
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)        # WebDataset: key up to the first dot
@@ -106,6 +108,23 @@ def index_tar(path) -> pa.Table:
     return index_table(rows)
 
 
+def write_index(path) -> dict:
+    """Write the index of another tool's tar next to it (`x.tar` -> `x.arrow`); the tar is left as it is.
+
+    Returns {"shard", "index", "samples", "members"}. ValueError when there already is another file of that name.
+    """
+    path = Path(path)
+    target, table = path.with_suffix(".arrow"), index_tar(path)
+    data = arrow_bytes(table)
+    if target.exists() and target.read_bytes() != data:
+        raise ValueError(f"{target} exists and is not the index of {path.name}: remove it first")
+    partial = target.with_name(f"{target.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(target)
+    members = [name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset")]
+    return {"shard": str(path), "index": str(target), "samples": table.num_rows, "members": members}
+
+
 class ShardIndex:
     """One shard's index, mapped into memory: columns are zero-copy numpy arrays of shape [samples]."""
 
@@ -116,6 +135,11 @@ class ShardIndex:
                          for name in self._batch.schema.names if name != "key"}
         self.samples = self._batch.num_rows
         self.extensions = tuple(n.removesuffix(".offset") for n in self._columns if n.endswith(".offset"))
+
+    @property
+    def table(self) -> pa.Table:
+        """All columns, as `index_tar` gives them."""
+        return pa.Table.from_batches([self._batch])
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column: `width`, `height`, `crc`, `EXT.offset`, `EXT.size` or `EXT.crc`."""
