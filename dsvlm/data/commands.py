@@ -1,0 +1,150 @@
+"""`dsvlm data convert | index | verify | info`, and the same commands as files in tools/; imports stay light."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dsvlm.data.convert import coco, scenes
+
+SOURCES = {
+    "coco": (coco, "COCO's own JSON files and photographs",
+             "--images train2017 --captions captions_train2017.json --instances instances_train2017.json --out coco"),
+    "scenes": (scenes, "drawn scenes of coloured shapes, made on the spot", "--out data/scenes"),
+}
+
+
+def add_data_parser(subparsers) -> None:
+    """Add `data` and its subcommands; each sets `run`: function(args) -> exit code."""
+    parser = subparsers.add_parser("data", help="make, index and check shards")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (add, text) in _COMMANDS.items():
+        add(commands.add_parser(name, help=text, description=text, formatter_class=_EXAMPLE))
+
+
+def run_tool(name: str, argv=None) -> int:
+    """The main function of tools/NAME.py: one data command as a program; 2 for an error of the user."""
+    add, text = _COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"tools/{name}.py", description=text, formatter_class=_EXAMPLE)
+    add(parser)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    sources = parser.add_subparsers(metavar="SOURCE", required=True)
+    for name, (source, text, example) in SOURCES.items():
+        sub = sources.add_parser(name, help=text, description=text, formatter_class=_EXAMPLE,
+                                 epilog=f"example:\n  %(prog)s {example}")
+        source.add_arguments(sub)
+        _add_json(sub)
+        sub.set_defaults(run=_convert, source=source)
+    parser.epilog = f"example:\n  %(prog)s scenes {SOURCES['scenes'][2]}"
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD.tar", help="WebDataset tars, left as they are")
+    parser.epilog = "example:\n  %(prog)s laion/00000.tar laion/00001.tar"
+    _add_json(parser)
+    parser.set_defaults(run=_index)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="directory of a shard set")
+    parser.add_argument("--decode", action="store_true", help="decode every image too")
+    parser.epilog = "example:\n  %(prog)s data/scenes/train/caption --decode"
+    _add_json(parser)
+    parser.set_defaults(run=_verify)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, help="directory of a shard set")
+    parser.epilog = "example:\n  %(prog)s data/scenes/train/caption"
+    _add_json(parser)
+    parser.set_defaults(run=_info)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    report = args.source.run(args, _progress(args))
+    if not _print_json(args, report):
+        for path, shards in _shard_sets(report):
+            print(f"{args.out / path}: {shards['samples']} samples, {shards['shards']} shards, {shards['bytes']} bytes")
+        for reason, count in report.get("skipped", {}).items():
+            if count:
+                print(f"skipped, {reason.replace('_', ' ')}: {count}")
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from dsvlm.data.index import write_index
+
+    bar = _progress(args)
+    report = [write_index(shard) for shard in (args.shards if bar is None else bar(args.shards, desc="index"))]
+    if not _print_json(args, report):
+        for entry in report:
+            print(f"{entry['index']}: {entry['samples']} samples, members {', '.join(entry['members'])}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from dsvlm.data.verify import verify
+
+    report = verify(args.directory, args.decode, _progress(args))
+    if not _print_json(args, report):
+        for problem in report["problems"]:
+            print(problem)
+        for sample in report["damaged"]:
+            print(f"{sample['shard']}:{sample['key']}: {sample['reason']}")
+        print(f"{args.directory}: {report['samples']} samples, {len(report['damaged'])} damaged, "
+              f"{len(report['problems'])} other problems")
+    return 1 if report["problems"] or report["damaged"] else 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from dsvlm.data.verify import describe
+
+    report = describe(args.directory)
+    if not _print_json(args, report):
+        for name, value in report.items():
+            print(f"{name:14} {value if isinstance(value, str | int) else json.dumps(value)}")
+    return 0
+
+
+def _print_json(args: argparse.Namespace, report) -> bool:
+    if args.json:
+        print(json.dumps(report, sort_keys=True))
+    return args.json
+
+
+def _progress(args: argparse.Namespace):
+    """A progress bar on stderr, where that is a terminal and the report is for people; None otherwise."""
+    if args.json or not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm
+
+
+def _shard_sets(report: dict, path: Path = Path()) -> list[tuple[Path, dict]]:
+    """Every shard set of a converter's report with its path below --out."""
+    if "shards" in report:
+        return [(path, report)]
+    nested = report.get("tasks", report)
+    return [found for name, value in nested.items() for found in _shard_sets(value, path / name)]
+
+
+_EXAMPLE = argparse.RawDescriptionHelpFormatter
+_COMMANDS = {
+    "convert": (_add_convert, "turn a dataset into shards"),
+    "index": (_add_index, "write an index next to each WebDataset tar of another tool"),
+    "verify": (_add_verify, "check every byte of a shard set and name the damaged samples"),
+    "info": (_add_info, "print what a shard set holds"),
+}

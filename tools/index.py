@@ -1,0 +1,11 @@
+"""Index WebDataset tars of another tool; needs no torch, and no installation of dsvlm."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dsvlm.data.commands import run_tool  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(run_tool("index"))
