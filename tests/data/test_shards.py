@@ -289,6 +289,14 @@ def test_a_directory_in_use_is_refused(tmp_path, shards):
     assert list((tmp_path / "none").iterdir()) == []
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path, shards):
+    partial = tmp_path / "set2" / ".partial"
+    partial.mkdir(parents=True)
+    (partial / "shard-000009.tar").write_bytes(b"half")
+    again = write(tmp_path / "set2", make_samples(), preprocessing={"resize": 3})
+    assert again.hash == shards.hash and not partial.exists()
+
+
 def test_a_failed_rename_takes_the_others_back(tmp_path, monkeypatch):
     rename = os.rename
 
