@@ -1,4 +1,4 @@
-"""The recipe: what a run is, as frozen dataclasses filled from YAML and dotted overrides, checked before anything starts."""
+"""The recipe: what a run is, as frozen dataclasses filled from YAML and dotted overrides, checked before a start."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ EXECUTION = (
 class DataConfig:
     root: str = "data"  # directory that tasks' shard sets are relative to
     workers: int = 0  # processes that decode images ahead, per rank
-    max_bad_share: float = 0.01  # of the samples seen so far; above it all ranks stop (after the first 100 bad ones or so)
+    max_bad_share: float = 0.01  # bad samples among those seen; above it (and above 10 of them) all ranks stop
     cache_mb: int = 256  # decoded images a process keeps, so that a small data set is decoded once
 
 
@@ -122,7 +122,7 @@ class TrainConfig:
     micro_batch: int = 8  # samples per rank and forward pass
     zero: int = 3
     ds_config: str | None = None  # DeepSpeed JSON that replaces ds_configs/zero<N>.json
-    dtype: str = "fp32"  # fp32 | bf16 | fp64
+    dtype: str = "fp32"  # fp32 | bf16
     save_every: int = 500
     keep: int = 2  # complete checkpoints
     log_every: int = 10
@@ -241,7 +241,7 @@ def apply_override(raw: dict, override: str) -> None:
 
 
 def build(kind: type, value, path: str):
-    """Turns a raw YAML value into `kind`, strictly: unknown key, missing key or wrong type is an error with its path."""
+    """Turns a raw YAML value into `kind`, strictly: unknown keys, missing keys and wrong types are errors."""
     if dataclasses.is_dataclass(kind):
         return build_dataclass(kind, value, path)
     origin, args = typing.get_origin(kind), typing.get_args(kind)

@@ -10,7 +10,7 @@ TASK_TYPES = ("caption", "vqa", "classify", "locate", "detect", "pair")
 def check_recipe(recipe: Recipe) -> None:
     """Raises one ValueError naming the path, the value found and what to change."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
-        raise ValueError(f"name: {recipe.name!r} must be letters, digits, '.', '_' or '-': it names the run's directory")
+        raise ValueError(f"name: {recipe.name!r} must be letters, digits, '.', '_' or '-': it names a directory")
     if not 0 <= recipe.seed < 2**63:
         raise ValueError(f"seed: {recipe.seed} must be between 0 and 2^63 - 1")
     for name, task in recipe.tasks.items():
@@ -87,7 +87,7 @@ def check_model(model: ModelConfig) -> None:
         if not config.pretrained and not config.config:
             raise ValueError(f"model.{part}: give either config (sizes of a new model) or pretrained (a directory)")
     if model.embedding_std is not None and model.decoder.pretrained:
-        raise ValueError("model.embedding_std: re-draws embeddings, which would destroy model.decoder.pretrained; remove it")
+        raise ValueError("model.embedding_std: would destroy the embeddings of model.decoder.pretrained; remove it")
     if model.positions == "sinusoidal" and (model.decoder.pretrained or model.vision.pretrained):
         raise ValueError("model.positions: sinusoidal would overwrite a checkpoint's positions; use default")
     for path, patterns in (("freeze", model.freeze), ("train", model.train), ("lora.targets", lora_targets(model))):
@@ -115,7 +115,8 @@ def check_sizes(model: ModelConfig) -> None:
                 raise ValueError(f"model.vision.config.{key}: missing; a new vision tower needs it")
         if vision["image_size"] % vision["patch_size"]:
             raise ValueError(
-                f"model.vision.config.patch_size: {vision['patch_size']} does not divide image_size {vision['image_size']}"
+                f"model.vision.config.patch_size: {vision['patch_size']} does not divide "
+                f"image_size {vision['image_size']}"
             )
         if vision["hidden_size"] % vision["num_attention_heads"]:
             raise ValueError(
@@ -131,7 +132,7 @@ def check_sizes(model: ModelConfig) -> None:
 def check_numbers(recipe: Recipe) -> None:
     optim, train = recipe.optim, recipe.train
     one_of("optim.schedule", optim.schedule, ("cosine", "linear", "constant"))
-    one_of("train.dtype", train.dtype, ("fp32", "bf16", "fp64"))
+    one_of("train.dtype", train.dtype, ("fp32", "bf16"))
     one_of("train.zero", train.zero, (0, 1, 2, 3))
     if optim.warmup > recipe.schedule.steps:
         raise ValueError(

@@ -1,0 +1,112 @@
+"""The command line: one table of commands; what a command needs is imported when it runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dsvlm import __version__
+
+EXAMPLES = """examples:
+  dsvlm train quickstart --nproc 2
+  dsvlm plan quickstart --world-size 16 --steps 0:4
+  dsvlm eval runs/quickstart --json
+  dsvlm generate runs/quickstart image.png "where is the red circle?"
+  dsvlm export runs/quickstart out/
+"""
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a path that ends in .yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override a field, e.g. tasks.vqa.weight=0.5"
+    )
+
+
+def add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a recipe, or go on with it where it stopped",
+        description="Trains a recipe. Started again with the same recipe, it goes on from the last checkpoint.",
+        epilog="example: dsvlm train quickstart --nproc 2 --set schedule.steps=100 --set output=runs/short",
+    )
+    add_recipe(parser)
+    parser.add_argument("--nproc", type=int, default=0, help="ranks to start on this machine (default: be one rank)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.set_defaults(run=train)
+
+
+def train(args: argparse.Namespace) -> int:
+    from dsvlm.config import load_recipe
+    from dsvlm.train.launch import launch
+
+    recipe = load_recipe(args.recipe, args.set)
+    if args.nproc:
+        from dsvlm.train.build import plan_run
+
+        plan_run(recipe)  # what is wrong with the recipe or the shards is said once, before ranks start
+        arguments = ["train", args.recipe, *(part for override in args.set for part in ("--set", override))]
+        return launch(arguments, args.nproc, recipe.run_dir)
+    from dsvlm.train.loop import train
+
+    return train(recipe)
+
+
+def add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="show what each step will train on, from the manifests alone",
+        description="Prints tasks, micro-steps, digest and idle share of steps; reads no sample and needs no GPU.",
+        epilog="example: dsvlm plan quickstart --world-size 16 --steps 0:4 --json",
+    )
+    add_recipe(parser)
+    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks (default 1)")
+    parser.add_argument("--steps", default="0:10", metavar="A:B", help="steps A to B - 1 (default 0:10)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per step")
+    parser.set_defaults(run=plan)
+
+
+def plan(args: argparse.Namespace) -> int:
+    import json
+
+    from dsvlm.config import load_recipe
+    from dsvlm.schedule.preview import preview, render
+    from dsvlm.train.build import plan_run
+
+    recipe = load_recipe(args.recipe, args.set)
+    first, _, last = args.steps.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise ValueError(f"--steps {args.steps}: expected A:B with A < B, for example 0:10")
+    planned = plan_run(recipe)
+    steps = range(int(first), int(last))
+    rows = preview(
+        planned.plan, planned.schedule, args.world_size, recipe.train.micro_batch, steps, planned.identity
+    )
+    print("\n".join(json.dumps(row) for row in rows) if args.json else render(rows))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dsvlm",
+        description="Trains vision-language models on many tasks; the same recipe, the same training, on any number of GPUs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dsvlm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_train(commands)
+    add_plan(commands)
+    from dsvlm.data.commands import add_data_parser
+
+    add_data_parser(commands)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command; a user's mistake is one line on stderr and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"dsvlm: error: {error}", file=sys.stderr)
+        return 2

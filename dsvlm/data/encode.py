@@ -1,0 +1,65 @@
+"""A sample as ids with next-token targets: the loss flags of the segments become labels here, and nowhere else."""
+
+from dataclasses import dataclass
+
+from dsvlm.data.reader import BadSample
+from dsvlm.data.sample import Image, Sample
+from dsvlm.data.tokenizer import TextCodec
+
+IGNORE = -100  # target of a position without loss
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample's text as a row.
+
+    tokens: ids the model reads (decoder: bos, prompt, target, eos; encoder-decoder: prompt, eos).
+    targets: id to predict at each position of `tokens` (decoder) or of `answer` (encoder-decoder); IGNORE = no loss.
+    answer: what the decoder of an encoder-decoder reads: its start token, then the target.
+    """
+
+    tokens: list[int]
+    targets: list[int]
+    answer: list[int] | None
+    label: int | None
+    images: int
+
+    @property
+    def count(self) -> int:
+        """Targets that enter the loss; a label counts as one."""
+        return sum(t != IGNORE for t in self.targets) + (self.label is not None)
+
+
+def encode_sample(sample: Sample, codec: TextCodec, max_length: int, encoder_decoder: bool) -> Encoded:
+    """Encodes a sample with exactly one EOS, which belongs to the loss when the target does.
+
+    Raises BadSample when the text is longer than max_length or has nothing to predict.
+    """
+    prompt, target, images = [], [], 0
+    for segment in sample.segments:
+        if isinstance(segment, Image):
+            images += 1
+            continue
+        assert segment.loss or not target, "a prompt segment after the target: only its end can be predicted"
+        ids = codec.encode(segment, first=not prompt and not target)
+        (target if segment.loss else prompt).extend(ids)
+    if sample.label is None and not target:
+        raise BadSample("nothing to predict: the target is empty")
+    target = [*target, codec.eos_id] if target else []
+    if len(prompt) + len(target) + 1 > max_length:
+        raise BadSample(f"text of {len(prompt) + len(target) + 1} tokens is longer than text.max_length ({max_length})")
+    if encoder_decoder:
+        # T5's convention: the decoder starts with the pad token.
+        answer, targets = [codec.pad_id, *target[:-1]], target or [IGNORE]
+        return Encoded([*prompt, codec.eos_id], targets, answer, sample.label, images)
+    tokens = [codec.bos_id, *prompt, *target]
+    targets = [IGNORE] * len(prompt) + target + [IGNORE] if target else [IGNORE] * len(tokens)
+    return Encoded(tokens, targets, None, sample.label, images)
+
+
+def masked_sample(codec: TextCodec, encoder_decoder: bool) -> Encoded:
+    """What stands in place of a sample whose text could not be read: a row without loss."""
+    tokens = [codec.bos_id, codec.eos_id]
+    if encoder_decoder:
+        return Encoded(tokens, [IGNORE], [codec.pad_id], None, 1)
+    return Encoded(tokens, [IGNORE, IGNORE], None, None, 1)

@@ -1,0 +1,96 @@
+"""The text side of a run: one Hugging Face tokenizer, loaded or trained, with the run's location tokens."""
+
+import hashlib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from dsvlm.data.boxes import encode_box, location_tokens
+from dsvlm.data.sample import Boxes, Text
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0..3 of a trained vocabulary
+
+
+class TextCodec:
+    """Text and location tokens to ids and back.
+
+    tokenizer: a Hugging Face fast tokenizer that knows the location tokens of `bins` bins.
+    """
+
+    def __init__(self, tokenizer, bins: int):
+        self.tokenizer, self.bins = tokenizer, bins
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: it has no end-of-sequence token, so no answer could end; set eos_token in it")
+        self.eos_id = tokenizer.eos_token_id
+        self.bos_id = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.size = len(tokenizer)
+        self.first_location = tokenizer.convert_tokens_to_ids(location_tokens(bins)[0])
+        # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself.
+        self.space = " " if tokenizer.tokenize("a") != tokenizer.tokenize(" a") else ""
+
+    def encode(self, segment: Text | Boxes, first: bool) -> list[int]:
+        """Ids of one segment, without special tokens; `first`: nothing stands before it in its row."""
+        if isinstance(segment, Boxes):
+            text = "".join(encode_box(box, self.bins) for box in segment.boxes)
+        else:
+            text = segment.text if first else self.space + segment.text
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens dropped, location tokens kept."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def hash(self) -> str:
+        """sha256 of the tokenizer's whole definition: part of a run's identity."""
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+
+
+def load_tokenizer(directory: str | Path, bins: int) -> TextCodec:
+    """Reads a local Hugging Face tokenizer and adds the location tokens it lacks."""
+    from transformers import AutoTokenizer
+
+    if not Path(directory).is_dir():
+        raise ValueError(f"text.tokenizer: {directory} is not a directory; give a local tokenizer, or 'train'")
+    tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    if not tokenizer.is_fast:
+        raise ValueError(f"text.tokenizer: {directory} has no fast tokenizer (tokenizer.json); convert it first")
+    add_locations(tokenizer, bins)
+    return TextCodec(tokenizer, bins)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, bins: int) -> TextCodec:
+    """Trains a SentencePiece unigram vocabulary on texts, in their order; the same texts give the same vocabulary."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+        hard_vocab_limit=False, character_coverage=1.0, num_threads=1, minloglevel=2,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="<pad>", bos_piece="<s>", eos_piece="</s>", unk_piece="<unk>",
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(len(processor))]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=3))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    pad, bos, eos, unk = SPECIALS
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    add_locations(tokenizer, bins)
+    return TextCodec(tokenizer, bins)
+
+
+def add_locations(tokenizer, bins: int) -> None:
+    from tokenizers import AddedToken
+
+    # Not special: they are words of an answer, and decoding must keep them.
+    tokens = [AddedToken(token, normalized=False, special=False) for token in location_tokens(bins)]
+    tokenizer.add_tokens(tokens)

@@ -1,0 +1,111 @@
+"""What a task type is: a template that turns a record into a sample, a parser of answers and a score.
+
+Every type is text-to-text with cross-entropy (T5, Kosmos-2, GFM) unless it names a head. The same template object serves
+training and evaluation.
+"""
+
+import string
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from dsvlm.data.boxes import decode_boxes
+from dsvlm.data.sample import Box, Boxes, Image, Sample, Segment, Text
+
+
+class TaskType(ABC):
+    """One task type with its prompt template.
+
+    prompt: text with fields in braces that the record fills, for example "where is the {name}?".
+    """
+
+    prompt: str
+    fields: tuple[str, ...] = ()  # of a record that a prompt may name
+    metric: str = "exact"  # the first figure of a report
+
+    def __init__(self, prompt: str | None = None):
+        if prompt is not None:
+            self.prompt = prompt
+        for _, name, _, _ in string.Formatter().parse(self.prompt):
+            if name is not None and name not in self.fields:
+                raise ValueError(
+                    f"prompt {self.prompt!r}: no field {{{name}}}; a {type(self).__name__.lower()} record has "
+                    f"{', '.join(self.fields) or 'none'}"
+                )
+
+    def question(self, record: dict) -> tuple[Segment, ...]:
+        """The image and the filled prompt: what a model is asked with."""
+        segments: list[Segment] = [Image()]
+        for literal, name, _, _ in string.Formatter().parse(self.prompt):
+            if literal.strip():
+                segments.append(Text(literal.strip()))
+            if name is not None:
+                segments.append(self.fill(name, record))
+        return merge_text(segments)
+
+    def fill(self, name: str, record: dict) -> Segment:
+        return Boxes((tuple(record["box"]),)) if name == "box" else Text(str(record[name]))
+
+    def sample(self, record: dict) -> Sample:
+        """The question and its target."""
+        return Sample(self.question(record) + self.target(record))
+
+    @abstractmethod
+    def target(self, record: dict) -> tuple[Segment, ...]:
+        """Segments the model is to write."""
+
+    @abstractmethod
+    def score(self, answers: Sequence[str], records: Sequence[dict], bins: int) -> dict[str, float]:
+        """Metrics of answers (decoded text, in the order of `records`)."""
+
+    def chance(self, train: Sequence[dict], records: Sequence[dict]) -> float | None:
+        """Share of `records` that the best guess without looking gets right; None where there is no such guess."""
+        return None
+
+    def truth(self, record: dict) -> str:
+        """The expected answer, for people."""
+        return " ".join(s.text if isinstance(s, Text) else "" for s in self.target(record)).strip()
+
+    def regions(self, record: dict) -> list[Box]:
+        """Boxes that a correct answer holds."""
+        return []
+
+    def answer_regions(self, answer: str, bins: int) -> list[Box]:
+        return decode_boxes(answer, bins)
+
+
+def merge_text(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Joins neighbouring text segments by a space, so that a word of a record is tokenised as in running text."""
+    merged: list[Segment] = []
+    for segment in segments:
+        last = merged[-1] if merged else None
+        if isinstance(segment, Text) and isinstance(last, Text) and segment.loss == last.loss:
+            glue = "" if segment.text[:1] in "?.!,:;" else " "
+            merged[-1] = Text(last.text + glue + segment.text, segment.loss)
+        else:
+            merged.append(segment)
+    return tuple(merged)
+
+
+def normalise(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def exact_share(answers: Sequence[str], truths: Sequence[str]) -> float:
+    right = sum(normalise(a) == normalise(t) for a, t in zip(answers, truths, strict=True))
+    return right / max(len(truths), 1)
+
+
+def blind_share(train: Sequence[dict], records: Sequence[dict], key: Callable[[dict], tuple[str, str]]) -> float:
+    """Share answered right without looking: to each question the answer that was most frequent in training.
+
+    key: (question, answer) of a record.
+    """
+    seen: dict[str, Counter] = {}
+    for question, answer in map(key, train):
+        seen.setdefault(question, Counter())[normalise(answer)] += 1
+    right = 0
+    for question, answer in map(key, records):
+        counts = seen.get(question)
+        right += bool(counts) and min(counts, key=lambda a: (-counts[a], a)) == normalise(answer)
+    return right / max(len(records), 1)

@@ -1,0 +1,164 @@
+"""From a recipe to the objects of a run, in order: manifests, plan, tokenizer, loader, model."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dsvlm.config import Recipe, TaskConfig, nearest
+from dsvlm.data.loader import Loader, LoaderConfig, Source
+from dsvlm.data.manifest import Manifest, check_files, load_manifest
+from dsvlm.data.reader import BadSample, ShardReader
+from dsvlm.data.sample import Text
+from dsvlm.data.tokenizer import TextCodec, load_tokenizer, train_tokenizer
+from dsvlm.schedule.digest import identity_bytes
+from dsvlm.schedule.plan import Plan, Schedule, Stream
+from dsvlm.schedule.strategy import deal
+from dsvlm.tasks import TASK_TYPES, TaskType
+
+TOKENIZER_TEXTS = 20_000  # per task, when a vocabulary is trained
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known from manifests alone.
+
+    identity: bytes that every digest of the run contains.
+    """
+
+    recipe: Recipe
+    manifests: dict[str, Manifest]
+    schedule: Schedule
+    plan: Plan
+    identity: bytes
+
+
+def plan_run(recipe: Recipe) -> Planned:
+    """Reads the manifests and makes the plan; no sample is read."""
+    manifests = {name: task_manifest(recipe, name, task.shards) for name, task in recipe.tasks.items()}
+    options = recipe.schedule
+    streams = tuple(
+        Stream(name, manifests[name].sizes, task.samples, task.quota or task.samples)
+        for name, task in recipe.tasks.items()
+    )
+    schedule = Schedule(
+        seed=recipe.seed, strategy=options.strategy, streams=streams, rounds=options.rounds, block=options.block,
+        group=options.group, samples=options.samples, chunk=options.chunk,
+    )  # fmt: skip
+    hashes = {name: manifest.hash for name, manifest in manifests.items()}
+    return Planned(recipe, manifests, schedule, Plan(schedule), identity_bytes(schedule, recipe.identity_hash(), hashes))
+
+
+def task_manifest(recipe: Recipe, name: str, shards: str) -> Manifest:
+    """The manifest of one of a task's shard sets, checked against the task.
+
+    Raises ValueError naming the task, the directory and what to change.
+    """
+    task: TaskConfig = recipe.tasks[name]
+    directory = Path(recipe.data.root) / shards
+    try:
+        manifest = load_manifest(directory)
+    except ValueError as error:
+        raise ValueError(f"task {name}: {error}") from None
+    if manifest.type != task.type:
+        raise ValueError(
+            f"task {name}: its shards in {directory} hold samples of type {manifest.type!r}, but tasks.{name}.type is "
+            f"{task.type!r}{nearest(manifest.type, TASK_TYPES)}; change one of the two"
+        )
+    if not manifest.samples:
+        raise ValueError(f"task {name}: its shards in {directory} hold no samples; convert them again or remove the task")
+    return manifest
+
+
+def task_types(recipe: Recipe) -> dict[str, TaskType]:
+    """Each task's template, the same object for training and evaluation."""
+    types = {}
+    for name, task in recipe.tasks.items():
+        try:
+            types[name] = TASK_TYPES[task.type](task.prompt)
+        except ValueError as error:
+            raise ValueError(f"tasks.{name}.prompt: {error}") from None
+    return types
+
+
+def head_sizes(recipe: Recipe) -> dict[str, int]:
+    """Classes of each head of the bank, in the order of the tasks."""
+    return {name: task.classes for name, task in recipe.tasks.items() if task.classes}
+
+
+def head_indexes(recipe: Recipe) -> list[int]:
+    """Head of each task, -1 for those that write text."""
+    heads = list(head_sizes(recipe))
+    return [heads.index(name) if name in heads else -1 for name in recipe.tasks]
+
+
+def make_tokenizer(planned: Planned) -> TextCodec:
+    """Loads the recipe's tokenizer, or trains one on the prompts and targets of the training shards."""
+    text = planned.recipe.text
+    if text.tokenizer != "train":
+        return load_tokenizer(text.tokenizer, text.bins)
+    return train_tokenizer(shard_texts(planned), text.vocab_size, text.bins)
+
+
+def shard_texts(planned: Planned) -> Iterator[str]:
+    """Every text a model will read or write, from the first samples of each task, in order."""
+    for name, kind in task_types(planned.recipe).items():
+        reader = ShardReader(planned.manifests[name])
+        for sample in itertools.islice(range(len(reader)), TOKENIZER_TEXTS):
+            try:
+                segments = kind.sample(reader.record(sample)).segments
+            except (BadSample, KeyError, TypeError, ValueError):
+                continue  # the loader masks and journals it when its turn comes
+            yield from (segment.text for segment in segments if isinstance(segment, Text) and segment.text.strip())
+
+
+def make_sources(planned: Planned) -> list[Source]:
+    heads = head_indexes(planned.recipe)
+    return [
+        Source(name, ShardReader(planned.manifests[name]), kind.sample, head)
+        for (name, kind), head in zip(task_types(planned.recipe).items(), heads, strict=True)
+    ]
+
+
+def make_loader(planned: Planned, codec: TextCodec, image_size: int, rank: int, world_size: int) -> Loader:
+    """The loader of one rank; checks first that every shard is there in its full size."""
+    recipe = planned.recipe
+    for name, manifest in planned.manifests.items():
+        try:
+            check_files(manifest)
+        except ValueError as error:
+            raise ValueError(f"task {name}: {error}") from None
+    config = LoaderConfig(
+        seed=recipe.seed, rank=rank, world_size=world_size, micro_batch=recipe.train.micro_batch,
+        image_size=image_size, max_length=recipe.text.max_length,
+        encoder_decoder=recipe.model.decoder.kind == "t5", workers=recipe.data.workers, cache_mb=recipe.data.cache_mb,
+    )  # fmt: skip
+    dealer = partial(
+        deal, schedule=planned.schedule, world_size=world_size, micro_batch=recipe.train.micro_batch
+    )
+    return Loader(planned.plan, dealer, make_sources(planned), codec, config)
+
+
+def make_model(recipe: Recipe, codec: TextCodec):
+    """The model with the recipe's sizes, frozen parts and adapters, in the recipe's dtype, on the CPU."""
+    import torch
+
+    from dsvlm.model.build import build_model
+
+    model = build_model(
+        recipe.model, vocab_size=codec.size, pad_id=codec.pad_id, bos_id=codec.bos_id, eos_id=codec.eos_id,
+        heads=head_sizes(recipe), seed=recipe.seed,
+    )  # fmt: skip
+    return model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.dtype])
+
+
+def manifest_record(manifests: dict[str, Manifest]) -> dict[str, str]:
+    return {name: manifest.hash for name, manifest in manifests.items()}
+
+
+def hash_of(value) -> str:
+    """Short sha256 of a JSON value, for records that ranks compare."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,189 @@
+"""Checkpoints: whole fp32 tensors in safetensors files, complete if and only if COMPLETE.json is there.
+
+    checkpoints/step_00000500/
+        state.json                    step, seed, identity: under 1 KB, the same for every rank
+        weights-00000-of-00002.safetensors   what each rank wrote: masters, `NAME`
+        exp_avg-..., exp_avg_sq-...   the optimizer's moments
+        ema-...                       averaged weights, when the recipe keeps them
+        COMPLETE.json                 names, sizes and sha256 of the files above, written last
+
+Tensors are gathered one at a time and dealt to ranks as writers, so any number of ranks and any ZeRO stage can read them
+again. Frozen weights are not saved: they come from where they came at the start.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsvlm.train.fragments import STATES, gather, set_update_count, trainable, write_fragment
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything a run needs besides tensors.
+
+    step: updates done; identity: hex of what makes the run this run; bad, seen: samples masked and drawn so far.
+    """
+
+    step: int
+    seed: int
+    identity: str
+    schedule_version: int
+    manifests: dict[str, str]
+    bad: int = 0
+    seen: int = 0
+
+
+def directory_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether COMPLETE.json is there and every file it names has its size."""
+    try:
+        files = json.loads((directory / "COMPLETE.json").read_text())["files"]
+        return all((directory / name).stat().st_size == entry["size"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return [p for p in sorted((run_dir / "checkpoints").glob("step_*")) if is_complete(p)]
+
+
+def save_checkpoint(engine, guard, ema, run_dir: Path, state: RunState, keep: int) -> Path:
+    """Writes the checkpoint of a step on all ranks and removes those beyond `keep`; collective."""
+    directory = directory_of(run_dir, state.step)
+    rank, world_size = torch.distributed.get_rank(), engine.world_size
+    if rank == 0:
+        if directory.exists():
+            shutil.rmtree(directory)  # half a checkpoint of an earlier start
+        directory.mkdir(parents=True)
+        write_file(directory / "state.json", json.dumps(asdict(state), indent=1, sort_keys=True).encode())
+    guard.gather(None)  # nobody writes before the directory is there
+    written = {"state.json": entry_of(directory / "state.json")} if rank == 0 else {}
+    kinds: dict = {"weights": lambda name, p: gather(engine, p)}
+    kinds |= {key: lambda name, p, key=key: gather(engine, p, key) for key in STATES}
+    if ema is not None:
+        kinds["ema"] = ema.gather
+    for kind, whole in kinds.items():
+        mine: dict[str, Tensor] = {}
+        for index, (name, parameter) in enumerate(trainable(engine)):
+            tensor = whole(name, parameter)
+            assert tensor.numel() == parameter_numel(parameter), f"{name}: {tensor.shape} is not the whole parameter"
+            if index % world_size == rank:
+                mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        if mine:
+            path = directory / f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
+            write_tensors(path, mine)
+            written[path.name] = entry_of(path)
+    entries = guard.gather(written)
+    if rank == 0:
+        files = {name: entry for part in entries for name, entry in sorted(part.items())}
+        complete = {"format": FORMAT, "step": state.step, "files": files}
+        write_file(directory / "COMPLETE.json", json.dumps(complete, indent=1, sort_keys=True).encode())
+        for old in complete_checkpoints(run_dir)[:-keep]:
+            (old / "COMPLETE.json").unlink()  # first, so that an interrupted removal leaves no complete one
+            shutil.rmtree(old)
+    guard.gather(None)
+    return directory
+
+
+def parameter_numel(parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    replace_durably(temporary, path)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    replace_durably(temporary, path)
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Gives a finished file its final name once its bytes are on the disk."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+
+
+def entry_of(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def read_state(directory: Path) -> RunState:
+    return RunState(**json.loads((directory / "state.json").read_text()))
+
+
+def read_tensors(directory: Path, kind: str, verify: bool = True) -> dict[str, Tensor]:
+    """All tensors of one kind (`weights`, `ema`, `exp_avg`, `exp_avg_sq`), their files' checksums checked.
+
+    Raises ValueError naming the file that is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    files = json.loads((directory / "COMPLETE.json").read_text())["files"]
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(n for n in files if n.startswith(f"{kind}-")):
+        if verify and entry_of(directory / name) != files[name]:
+            raise ValueError(f"checkpoint {directory}: {name} is not the file that was written; remove the checkpoint")
+        tensors |= load_file(directory / name)
+    if not tensors:
+        raise ValueError(f"checkpoint {directory}: it holds no {kind}")
+    return tensors
+
+
+def load_weights(model, directory: Path, kind: str = "weights") -> None:
+    """Puts a checkpoint's weights into a model that no engine has wrapped yet.
+
+    Raises ValueError when names or shapes do not match exactly the model's trainable parameters.
+    """
+    tensors = read_tensors(directory, kind)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing, unused = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unused:
+        raise ValueError(
+            f"checkpoint {directory}: it lacks {missing[:3]} and has {unused[:3]} too many: it is of another model"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(
+                    f"checkpoint {directory}: {name} is {list(tensors[name].shape)}, the model's {list(parameter.shape)}"
+                )
+            parameter.copy_(tensors[name])
+
+
+def load_optimizer(engine, ema, directory: Path, step: int) -> None:
+    """Sets masters, moments and averages of an engine whose optimizer state exists already."""
+    for key in (None, *STATES):
+        tensors = read_tensors(directory, key or "weights")
+        for name, parameter in trainable(engine):
+            write_fragment(engine, parameter, tensors[name], key)
+    set_update_count(engine, step)
+    if ema is not None:
+        for name, tensor in read_tensors(directory, "ema").items():
+            ema.load(name, tensor)

@@ -1,0 +1,57 @@
+"""The DeepSpeed engine of a run: its JSON from ds_configs/ plus what the recipe owns."""
+
+import json
+from pathlib import Path
+
+from dsvlm.config import OptimConfig, Recipe
+from dsvlm.train.optim import make_optimizer
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+# What the window, the recipe and the schedule decide; a JSON that sets them would contradict one of them.
+OWNED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation",
+    "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "data_types", "prescale_gradients",
+)  # fmt: skip
+
+
+def read_ds_config(recipe: Recipe) -> dict:
+    """The DeepSpeed JSON that the recipe names, checked to leave alone what the recipe owns."""
+    train = recipe.train
+    path = Path(train.ds_config) if train.ds_config else DS_CONFIGS / f"zero{train.zero}.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"train.ds_config: cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"train.ds_config: {path} is not valid JSON: {error}") from None
+    for key in OWNED:
+        if key in config:
+            raise ValueError(f"train.ds_config: {path} sets {key!r}, which the recipe decides; remove it from the file")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != train.zero:
+        raise ValueError(f"train.zero: {train.zero}, but {path} sets stage {stage}; make them agree")
+    return config
+
+
+def engine_config(config: dict, optim: OptimConfig, dtype: str) -> dict:
+    """The whole DeepSpeed configuration: one backward call per micro-step, one step per window, sums in fp32."""
+    full = dict(config) | {
+        "train_micro_batch_size_per_gpu": 1,  # unused: batches are ours, and the window is normalised by its targets
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optim.clip,
+        "zero_force_ds_cpu_optimizer": False,  # offload keeps torch AdamW: the same update as without it
+    }
+    if dtype == "bf16":
+        full |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return full
+
+
+def make_engine(model, recipe: Recipe):
+    """Wraps the model; collective."""
+    import deepspeed
+
+    config = engine_config(read_ds_config(recipe), recipe.optim, recipe.train.dtype)
+    optimizer = make_optimizer(model, recipe.optim)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine

@@ -1,0 +1,134 @@
+"""Who am I among the ranks, and how they are started: by the deepspeed launcher, torchrun, srun, or alone."""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsvlm.train.preempt import SIGNALS, clear_stop, request_stop
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def find_ranks(environ: Mapping[str, str]) -> Ranks:
+    """Reads the launcher's variables; none of RANK and WORLD_SIZE means one process.
+
+    Raises ValueError naming what is missing or wrong.
+    """
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+            raise ValueError(
+                f"RANK is not set, but SLURM started {environ['SLURM_NTASKS']} tasks: start them as slurm/train.sbatch "
+                "does, with RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
+            )
+        return Ranks(0, 0, 1)
+    missing = [name for name in VARIABLES if name not in environ]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} not set, while {'RANK' if 'RANK' in environ else 'WORLD_SIZE'} is: start with "
+            "`dsvlm train RECIPE --nproc N`, `deepspeed --num_gpus N --module dsvlm train RECIPE`, torchrun, "
+            "or slurm/train.sbatch"
+        )
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not environ[name].isdigit():
+            raise ValueError(f"{name}={environ[name]!r} is not a number")
+        numbers[name] = int(environ[name])
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise ValueError(f"RANK={numbers['RANK']} must be less than WORLD_SIZE={numbers['WORLD_SIZE']}")
+    return Ranks(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"])
+
+
+def init_distributed(ranks: Ranks, timeout: int) -> "torch.device":  # noqa: F821
+    """Starts the process group (nccl on GPUs, gloo on CPUs) and returns this rank's device."""
+    use_cpu_without_gpu()
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    import logging
+    from datetime import timedelta
+
+    import deepspeed
+    import torch
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    gpu = os.environ.get("DS_ACCELERATOR") != "cpu"
+    if gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    else:
+        build_shared_memory_op()
+    if not torch.distributed.is_initialized():
+        # Generous: at the start ranks read from disks of their own; steps are watched by the guard's shorter timeout.
+        limit = timedelta(seconds=max(1800, timeout))
+        deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=limit, auto_mpi_discovery=False, verbose=False)
+    return torch.device("cuda", ranks.local_rank) if gpu else torch.device("cpu")
+
+
+def use_cpu_without_gpu() -> None:
+    """Tells DeepSpeed that this machine has no GPU, before it is imported and looks for one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def build_shared_memory_op() -> None:
+    """Builds DeepSpeed's gloo companion once per machine (about 40 s the first time).
+
+    A build that was killed leaves a file `lock` behind, and every later start would wait for it for ever without a
+    word. Only one process builds here at a time, so a lock that is found is a stale one.
+    """
+    base = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/dsvlm/torch_extensions")))
+    base.mkdir(parents=True, exist_ok=True)
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    with open(base / "dsvlm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stale in base.glob("**/deepspeed_shm_comm/lock"):
+            stale.unlink()
+        # ninja lies beside the interpreter, which need not be on the PATH
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        ShareMemCommBuilder().load(verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
+    """Starts `python -m dsvlm ARGUMENTS` on nproc ranks of this machine through the deepspeed launcher.
+
+    Signals to this process ask the ranks to save and end; returns the launcher's exit code.
+    """
+    use_cpu_without_gpu()
+    environ = dict(os.environ)
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc), "--master_addr", "127.0.0.1",
+        "--master_port", str(free_port()), "--module", "dsvlm", *arguments,
+    ]  # fmt: skip
+    clear_stop(run_dir)
+    # A session of its own: Ctrl-C then reaches this process alone, and the launcher cannot kill ranks that are saving.
+    child = subprocess.Popen(command, env=environ, start_new_session=True)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: request_stop(run_dir))
+    try:
+        return child.wait()
+    finally:
+        clear_stop(run_dir)

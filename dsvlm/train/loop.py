@@ -1,0 +1,260 @@
+"""A run from start to end: plan, check, window, metrics, checkpoint, stop; the same on every rank."""
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dsvlm.config import Recipe
+from dsvlm.data.loader import Draft, LoadedWindow, Loader
+from dsvlm.schedule.digest import combine, digest, fingerprint
+from dsvlm.schedule.plan import SCHEDULE_VERSION
+from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, make_model, manifest_record, plan_run
+from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_checkpoint
+from dsvlm.train.engine import make_engine, read_ds_config
+from dsvlm.train.guard import Guard, code_version
+from dsvlm.train.launch import find_ranks, init_distributed
+from dsvlm.train.metrics import Metrics
+from dsvlm.train.optim import lr_factor, set_lr
+from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, stop_requested, write_requeue
+from dsvlm.train.rundir import lock_run, open_run, prepare_run
+from dsvlm.train.window import run_window, target_weights
+
+BAD_BEFORE_STOP = 10  # masked samples that a share above data.max_bad_share must amount to
+
+
+@dataclass
+class Run:
+    """The objects of a training run on one rank."""
+
+    recipe: Recipe
+    planned: Planned
+    guard: Guard
+    loader: Loader
+    engine: object
+    ema: object
+    metrics: Metrics
+    stop: StopFlag
+    state: RunState
+
+
+def train(recipe: Recipe) -> int:
+    """Trains a recipe, from its latest complete checkpoint if there is one; returns the exit code.
+
+    A start that a signal ended saves, leaves REQUEUE in the run directory and returns 0.
+    """
+    stop = install_handlers()
+    ranks = find_ranks(os.environ)
+    planned = plan_run(recipe)
+    read_ds_config(recipe)
+    device = init_distributed(ranks, recipe.train.timeout)
+    guard = Guard(recipe.train.timeout)
+    lock = guard.first(lock_run, recipe.run_dir)
+    try:
+        run = build_run(planned, guard, stop, device)
+        try:
+            finished = train_steps(run)
+        finally:
+            run.metrics.close()
+            run.loader.close()
+    finally:
+        if lock is not None:
+            lock.close()
+    if ranks.rank == 0:
+        clear_stop(recipe.run_dir)
+        if not finished:
+            write_requeue(recipe.run_dir)
+    return 0
+
+
+def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
+    import torch.distributed as dist
+
+    recipe, rank, world_size = planned.recipe, dist.get_rank(), dist.get_world_size()
+    # Before anything is written or shared: the ranks agree on what they are about to train, and how.
+    guard.same(start_record(planned))
+    guard.first(prepare_run, planned)
+    codec, checkpoint = guard.together(open_run, planned)
+    guard.same({"tokenizer": codec.hash(), "latest checkpoint": str(checkpoint and checkpoint.name)})
+    model = guard.together(make_model, recipe, codec)
+    image_size = model.config.vision_settings["image_size"]
+    loader = guard.together(make_loader, planned, codec, image_size, rank, world_size)
+    state = RunState(0, recipe.seed, planned.identity.hex(), SCHEDULE_VERSION, manifest_record(planned.manifests))
+    if checkpoint is not None:
+        state = resumed_state(checkpoint, state)
+        guard.together(load_weights, model, checkpoint)
+    engine = make_engine(model.to(device), recipe)
+    ema = None
+    if recipe.optim.ema:
+        from dsvlm.train.ema import Ema
+
+        ema = Ema(engine, recipe.optim.ema)
+    if checkpoint is not None:
+        create_optimizer_state(engine, loader, recipe)
+        load_optimizer(engine, ema, checkpoint, state.step)
+    metrics = Metrics(recipe.run_dir, rank, state.step, recipe.schedule.steps, recipe.train.log_every)
+    return Run(recipe, planned, guard, loader, engine, ema, metrics, stop, state)
+
+
+def start_record(planned: Planned) -> dict:
+    """What all ranks must agree on before the first collective of the engine, field by field."""
+    recipe = planned.recipe
+    manifests = {f"manifest of task {name}": manifest.hash for name, manifest in planned.manifests.items()}
+    return {
+        **recipe.identity(), **recipe.execution(), **manifests, "schedule version": SCHEDULE_VERSION,
+        "code version": code_version(), "DeepSpeed configuration": hash_of(read_ds_config(recipe)),
+    }  # fmt: skip
+
+
+def resumed_state(checkpoint: Path, fresh: RunState) -> RunState:
+    from dsvlm.train.checkpoint import read_state
+
+    saved = read_state(checkpoint)
+    assert saved.identity == fresh.identity, "open_run lets only the same run go on"
+    return replace(fresh, step=saved.step, bad=saved.bad, seen=saved.seen)
+
+
+def create_optimizer_state(engine, loader: Loader, recipe: Recipe) -> None:
+    """Makes the engine allocate its optimizer state, which it does in its first step: one step at learning rate 0."""
+    filler = LoadedWindow(0, [[]], np.zeros(len(recipe.tasks), np.int64))
+    set_lr(engine.optimizer, 0.0)
+    run_window(engine, loader.batches(filler, [0.0] * len(recipe.tasks)), len(recipe.tasks), seed=0, step=0)
+
+
+def train_steps(run: Run) -> bool:
+    """Runs the remaining updates; returns False when a signal ended them early."""
+    recipe, steps = run.recipe, run.recipe.schedule.steps
+    saved = run.state.step
+    while run.state.step < steps:
+        stopping = train_step(run)
+        if stopping:
+            break
+        if run.state.step % recipe.train.save_every == 0 or run.state.step == steps:
+            save(run)
+            saved = run.state.step
+    if run.state.step > saved:
+        save(run)
+    return run.state.step >= steps
+
+
+def save(run: Run) -> None:
+    run.metrics.flush()
+    save_checkpoint(run.engine, run.guard, run.ema, run.recipe.run_dir, run.state, run.recipe.train.keep)
+
+
+def train_step(run: Run) -> bool:
+    """One update. Returns True, with nothing done, when a rank has been asked to stop."""
+    recipe, step, clock = run.recipe, run.state.step, Clock()
+    window, error = None, None
+    try:
+        window = run.loader.window(step)
+    except (ValueError, OSError) as caught:
+        error = str(caught)
+    clock.waited()
+    plan_digest = digest(run.planned.identity, run.planned.plan.window(step))
+    counts, stopping = run.guard.enter_window(
+        {"step": step, "plan": plan_digest},
+        window.counts if window else np.zeros(len(recipe.tasks), np.int64),
+        stop_requested(run.stop, recipe.run_dir),
+        error,
+    )
+    if stopping:
+        return True
+    if not counts.sum():
+        raise ValueError(f"step {step}: none of the window's samples has anything to predict; see journal.jsonl")
+    weights = target_weights(
+        counts, [task.weight for task in recipe.tasks.values()], head_indexes(recipe), recipe.schedule.normalise
+    )
+    lr = set_lr(run.engine.optimizer, lr_factor(step, recipe.schedule.steps, recipe.optim))
+    batches = clock.timed(run.loader.batches(window, weights))
+    slots = CountSlots(batches)
+    sums = run_window(run.engine, slots, len(recipe.tasks), seed=recipe.seed, step=step)
+    if run.ema is not None:
+        run.ema.update(step)
+    report(run, window, weights, sums, slots.count, {"lr": lr, "digest": plan_digest}, clock)
+    return False
+
+
+def report(run: Run, window: LoadedWindow, weights, sums, slots: int, row: dict, clock: "Clock") -> None:
+    """Adds up the window over ranks, writes its metrics line, journals masked samples; stops the run above their rate."""
+    names = list(run.recipe.tasks)
+    live = [draft for draft in window.drafts if not draft.reason]
+    total = run.guard.sum(np.concatenate([sums.ravel(), [clock.wait_share(), slots]]))
+    nll, targets, right, tokens = total[: sums.size].reshape(sums.shape)
+    mine = [window_fingerprint(names, live), len(window.drafts) - len(live), len(window.drafts)]
+    finger, bad, seen = run.guard.sum(np.array(mine, np.uint64).view(np.int64)).view(np.uint64).tolist()
+    state = run.state = replace(run.state, step=window.step + 1, bad=run.state.bad + bad, seen=run.state.seen + seen)
+    seconds, world_size = clock.seconds(), run.engine.world_size
+    norm = run.engine.get_global_grad_norm()
+    run.metrics.write({
+        "step": window.step, "loss": float((nll * weights).sum()),
+        "task_loss": {n: nll[i] / targets[i] for i, n in enumerate(names) if targets[i]},
+        "task_accuracy": {n: right[i] / targets[i] for i, n in enumerate(names) if targets[i]},
+        "lr": row["lr"], "grad_norm": None if norm is None else float(norm), "samples": seen, "masked": bad,
+        "tokens": int(tokens.sum()), "targets": int(targets.sum()), "useful_tokens": tokens.sum() / total[-1],
+        "tokens_per_s": tokens.sum() / seconds, "seconds": seconds, "data_wait": total[-2] / world_size,
+        "digest": row["digest"], "fingerprint": f"{finger:016x}",
+    })  # fmt: skip
+    if bad:
+        entries = run.guard.gather(run.loader.journal(window))
+        run.metrics.journal(entry for part in entries for entry in part)
+    if state.bad >= BAD_BEFORE_STOP and state.bad > run.recipe.data.max_bad_share * state.seen:
+        run.metrics.flush()
+        raise ValueError(
+            f"step {window.step}: {state.bad} of {state.seen} samples could not be used, more than data.max_bad_share "
+            f"({run.recipe.data.max_bad_share}); {run.recipe.run_dir / 'journal.jsonl'} names each with its reason. "
+            "Mend the shards (dsvlm data verify), or raise the share"
+        )
+
+
+def window_fingerprint(names: list[str], live: list[Draft]) -> int:
+    """Sum mod 2^64 over samples that teach: equal for every world size, another when one is lost, swapped or repeated."""
+    parts = []
+    for task, name in enumerate(names):
+        numbers = [(d.epoch, d.sample, d.crc) for d in live if d.task == task]
+        if numbers:
+            parts.append(fingerprint(name, *np.array(numbers, np.int64).T))
+    return combine(parts)
+
+
+class CountSlots:
+    """Passes batches on and counts their text positions, padding included."""
+
+    def __init__(self, batches):
+        self.batches, self.count = batches, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.count += batch.tokens.numel()
+            yield batch
+
+
+class Clock:
+    """Time of one update, and how much of it was spent waiting for data."""
+
+    def __init__(self):
+        self.start = self.mark = time.perf_counter()
+        self.waiting = 0.0
+
+    def waited(self) -> None:
+        self.waiting += time.perf_counter() - self.mark
+
+    def timed(self, items):
+        """Passes items on; the time until each is there counts as waiting."""
+        iterator = iter(items)
+        while True:
+            self.mark = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited()
+            yield item
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def wait_share(self) -> float:
+        return self.waiting / max(self.seconds(), 1e-9)

@@ -1,0 +1,77 @@
+"""What a run writes about itself: metrics.jsonl (a line per update), TensorBoard, journal.jsonl and a progress bar."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Metrics:
+    """Writers of rank 0; every method does nothing on other ranks.
+
+    start: updates done before this start. Lines of later updates, left by a start that was interrupted after its last
+    checkpoint, are cut off, so that the files always tell one uninterrupted run.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, start: int, steps: int, log_every: int):
+        self.on, self.log_every = rank == 0, log_every
+        if not self.on:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.lines = reopen(run_dir / "metrics.jsonl", start)
+        self.journal_lines = reopen(run_dir / "journal.jsonl", start)
+        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=start)
+        self.bar = tqdm(total=steps, initial=start, unit="update", dynamic_ncols=True, file=sys.stderr, mininterval=1.0)
+
+    def write(self, row: dict) -> None:
+        """row: as in metrics.jsonl; nested dicts become TensorBoard groups."""
+        if not self.on:
+            return
+        self.lines.write(json.dumps(row) + "\n")
+        self.bar.update()
+        if row["step"] % self.log_every == 0:
+            self.lines.flush()
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s", refresh=False)
+            for name, value in row.items():
+                for sub, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(number, (int, float)) and name != "step":
+                        self.board.add_scalar(f"{name}/{sub}" if sub else name, number, row["step"])
+
+    def journal(self, entries: Iterable[dict]) -> None:
+        """Samples that were masked instead of trained on."""
+        if self.on:
+            for entry in entries:
+                self.journal_lines.write(json.dumps(entry) + "\n")
+            self.journal_lines.flush()
+
+    def flush(self) -> None:
+        if self.on:
+            self.lines.flush()
+            self.board.flush()
+
+    def close(self) -> None:
+        if self.on:
+            self.bar.close()
+            self.board.close()
+            self.lines.close()
+            self.journal_lines.close()
+
+
+def reopen(path: Path, start: int):
+    """Opens a file of JSON lines for appending after its lines of steps below `start`."""
+    kept = [line for line in read_lines(path) if line["step"] < start]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return path.open("a")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The complete lines of a file of JSON lines; none when there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # a line cut off by a kill
+    return rows

@@ -1,0 +1,76 @@
+"""The run directory: what is written at a first start, and what a later start must find unchanged."""
+
+import fcntl
+import json
+from pathlib import Path
+
+import yaml
+
+from dsvlm.config import Recipe, parse_recipe
+from dsvlm.data.tokenizer import TextCodec, load_tokenizer
+from dsvlm.train.build import Planned, make_tokenizer, manifest_record
+from dsvlm.train.checkpoint import complete_checkpoints, replace_durably, write_file
+
+
+def lock_run(run_dir: Path):
+    """Holds the run directory for this training; the file to keep open.
+
+    Raises ValueError when another training is writing there.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ValueError(
+            f"output: another training is running in {run_dir}; wait for its end, or set output to another directory"
+        ) from None
+    return lock
+
+
+def prepare_run(planned: Planned) -> None:
+    """Rank 0's first act: writes recipe, identity and tokenizer, or checks that they are those of the run that is there.
+
+    Raises ValueError naming each field that differs.
+    """
+    run_dir = planned.recipe.run_dir
+    identity = {"recipe": planned.recipe.identity(), "manifests": manifest_record(planned.manifests)}
+    path = run_dir / "run.json"
+    if path.exists():
+        refuse_another(run_dir, json.loads(path.read_text()), identity)
+        return
+    tokenizer = run_dir / "tokenizer"
+    make_tokenizer(planned).save(tokenizer)
+    write_file(run_dir / "recipe.yaml", yaml.safe_dump(planned.recipe.to_dict(), sort_keys=False).encode())
+    temporary = run_dir / "run.json.tmp"
+    temporary.write_text(json.dumps(identity, indent=1, sort_keys=True))
+    replace_durably(temporary, path)  # last: a directory without run.json is one that was never started
+
+
+def refuse_another(run_dir: Path, saved: dict, now: dict) -> None:
+    for kind, fix in (("recipe", "recipe or --set"), ("manifests", "data.root or the tasks' shards")):
+        changed = [key for key in sorted(saved[kind] | now[kind]) if saved[kind].get(key) != now[kind].get(key)]
+        if changed:
+            shown = "; ".join(f"{k}: was {saved[kind].get(k)!r}, now {now[kind].get(k)!r}" for k in changed[:5])
+            what = "the manifest of task " if kind == "manifests" else ""
+            raise ValueError(
+                f"{run_dir} holds another run: {what}{shown}. To go on with it, restore the {fix}; "
+                "to start afresh, set output to another directory"
+            )
+
+
+def open_run(planned: Planned) -> tuple[TextCodec, Path | None]:
+    """Every rank's view of a prepared run: its tokenizer and its latest complete checkpoint."""
+    recipe = planned.recipe
+    checkpoints = complete_checkpoints(recipe.run_dir)
+    codec = load_tokenizer(recipe.run_dir / "tokenizer", recipe.text.bins)
+    return codec, checkpoints[-1] if checkpoints else None
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The recipe of a run, with its output pointing at where the run lies now."""
+    path = Path(run_dir) / "recipe.yaml"
+    if not path.exists():
+        raise ValueError(f"{run_dir} is not a run: it has no recipe.yaml; give the directory that dsvlm train wrote")
+    return parse_recipe(yaml.safe_load(path.read_text()) | {"output": str(run_dir)})

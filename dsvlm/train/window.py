@@ -1,0 +1,65 @@
+"""One window: the forward and backward passes of an optimizer update, normalised once before the first of them."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from dsvlm.data.collate import Batch
+from dsvlm.schedule.keys import key64
+
+
+def target_weights(counts: np.ndarray, weights: Sequence[float], heads: Sequence[int], normalise: str) -> np.ndarray:
+    """Weight of one target of each task in the window's loss.
+
+    counts: [tasks] int64, the window's targets over all ranks; weights: each task's loss weight; heads: -1 or the task's
+    head. `token`: one count per objective (all text tasks together, all heads together); `task`: one per task.
+    Returns [tasks] float64; a task without targets weighs 0.
+    """
+    heads = np.asarray(heads)
+    if normalise == "token":
+        totals = np.where(heads < 0, counts[heads < 0].sum(), counts[heads >= 0].sum())
+    else:
+        totals = counts
+    return np.where(totals > 0, np.asarray(weights) / np.maximum(totals, 1), 0.0)
+
+
+def run_window(engine, batches: Iterable[Batch], tasks: int, *, seed: int, step: int) -> np.ndarray:
+    """Runs all micro-steps of this rank's share of a window and takes the optimizer step.
+
+    batches: one per micro-step, the same number on every rank, each weighted by `target_weights`.
+    Returns sums over this rank [4, tasks] float64: nll, targets, targets predicted right, text tokens.
+    """
+    accumulate(engine, batches, sums := WindowSums(tasks, engine.device), seed=seed, step=step)
+    engine.step()
+    return sums.numpy()
+
+
+def accumulate(engine, batches: Iterable[Batch], sums: "WindowSums", *, seed: int, step: int) -> None:
+    """Forward and backward of every micro-step; the engine accumulates the gradients."""
+    for index, batch in enumerate(batches):
+        batch = batch.to(engine.device)
+        # Equal on all ranks: dropout draws its nonces here and mixes them with each sample's own key.
+        torch.manual_seed(key64("micro-step", seed, step, index) % 2**63)
+        with engine.module.keyed_dropout(batch):
+            out = engine(batch)
+            # The engine divides by the world size; a window's loss is a sum over all ranks.
+            engine.backward(out["loss_sum"] * engine.world_size, scale_wrt_gas=False)
+        sums.add(batch, out)
+
+
+class WindowSums:
+    """Sums per task over a window's micro-steps, kept on the device: no synchronisation before the optimizer step."""
+
+    def __init__(self, tasks: int, device: torch.device):
+        self.total = torch.zeros(4, tasks, dtype=torch.float64, device=device)
+        self.slots = 0
+
+    def add(self, batch: Batch, out: dict) -> None:
+        live = batch.weight > 0
+        rows = torch.stack([out["nll"], out["count"], out["correct"], batch.lengths]).to(torch.float64)
+        self.total.index_add_(1, batch.task, torch.where(live, rows, 0.0))
+        self.slots += batch.tokens.numel()
+
+    def numpy(self) -> np.ndarray:
+        return self.total.cpu().numpy()
