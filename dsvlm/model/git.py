@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,7 +68,6 @@ class GitVlm(PreTrainedModel):
         decoder = decoder or build_decoder(kind, config.decoder_settings)
         head = VocabHead(decoder.get_output_embeddings().weight, config.loss_chunk)
         decoder.set_output_embeddings(head)
-        self.flow = kind.flow
         self.vision = VisionEncoder(tower, config.image_mean, config.image_std)
         self.connector = Connector(
             tower.config.hidden_size,
@@ -77,6 +77,11 @@ class GitVlm(PreTrainedModel):
         self.decoder = decoder
         self.heads = HeadBank(config.heads or {}, head.in_features)
         self.post_init()
+
+    @property
+    def flow(self) -> ModuleType:
+        """The decoder kind's `states` and `greedy`; looked up, because a model must pickle and a module cannot."""
+        return kind_of(self.config.decoder_kind).flow
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
