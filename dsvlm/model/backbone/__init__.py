@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from types import ModuleType
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -69,10 +70,14 @@ def check_decoder(config: PreTrainedConfig) -> None:
 
 
 def check_settings(config: type[PreTrainedConfig], settings: dict, where: str) -> None:
-    """ValueError for a key that the configuration class does not have; Hugging Face would accept it silently."""
+    """ValueError for settings that the configuration class does not accept, or does not know and would ignore."""
     known = sorted(config().to_dict())
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
             raise ValueError(f"{where}.{key}: {config.__name__} has no such key{hint}")
+    try:
+        config(**settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error

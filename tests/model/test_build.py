@@ -1,0 +1,158 @@
+"""build_model, freezing and LoRA: what a recipe says happens, and what it cannot mean is an error."""
+
+import json
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from dsvlm.config import DecoderConfig, ModelConfig, VisionConfig
+from dsvlm.model.build import sinusoids
+from dsvlm.model.lora import merge_lora
+
+
+def trainable(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_seed_decides_the_weights_and_the_callers_random_state_is_kept(tools, kind):
+    before = torch.get_rng_state()
+    a, b, c = (tools.build(tools.recipe(kind), seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert any(not torch.equal(a[n], c[n]) for n in a)
+
+
+def test_embedding_std_and_sinusoidal_positions(tools):
+    model = tools.build(tools.recipe("opt", embedding_std=0.7, positions="sinusoidal"))
+    assert abs(model.get_input_embeddings().weight.std() - 0.7) < 0.05
+    patches = model.vision.tower.embeddings.position_embedding.weight
+    assert (patches[0] == 0).all() and len(set(map(tuple, patches.tolist()))) == len(patches)
+    torch.testing.assert_close(patches[1, :8], patches[2, :8])  # one row: the same first half
+    torch.testing.assert_close(patches[1, 8:], patches[3, 8:])  # one column: the same second half
+    table = model.decoder.model.decoder.embed_positions.weight
+    assert abs(table.square().mean() - 1) < 1e-5
+    assert sinusoids(torch.arange(5), 7).shape == (5, 7)
+    tools.build(tools.recipe("llama", positions="sinusoidal"))
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"vision": {"image_size": 9}}, "image_size 9 is not a multiple of patch_size 4"),
+        ({"vision": {"num_attention_heads": 3}}, "model.vision.config: .*not a multiple of"),
+        ({"vision": {"hidden_size": "wide"}}, "model.vision.config: .*hidden_size"),
+        ({"decoder": {"num_attention_heads": 5}}, "hidden_size 24 is not a multiple of num_attention_heads 5"),
+        ({"decoder": {"layerdrop": 0.1}}, "layerdrop"),
+        ({"decoder": {"hiden_size": 8}}, "hiden_size.*did you mean 'hidden_size'"),
+        ({"vision": {"patchsize": 8}}, "patchsize.*did you mean 'patch_size'"),
+        ({"freeze": ("visoin",)}, "freeze: pattern 'visoin' matches no parameter; nearest: "),
+        ({"train": ("decoder.nothing",)}, "train: pattern 'decoder.nothing' matches no parameter"),
+        ({"freeze": ("(",)}, "not a regular expression"),
+    ],
+)
+def test_impossible_recipes(tools, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tools.build(tools.recipe("opt", **settings))
+
+
+def test_other_impossible_recipes(tools):
+    with pytest.raises(ValueError, match="num_key_value_heads 3"):
+        tools.build(tools.recipe("llama", decoder={"num_key_value_heads": 3}))
+    with pytest.raises(ValueError, match="'mpt' is unknown; choose one of opt, llama, t5"):
+        tools.build(ModelConfig(vision=VisionConfig(), decoder=DecoderConfig(kind="mpt")))
+    with pytest.raises(ValueError, match="lora: pattern 'query_key_value' matches no linear layer; nearest: decoder"):
+        tools.build(tools.recipe("opt", lora=tools.lora(targets=("query_key_value",))))
+
+
+def test_freeze_then_train(tools):
+    model = tools.build(tools.recipe("llama", freeze=("^vision", "^decoder"), train=("norm",)))
+    names = trainable(model)
+    assert "connector.linear.weight" in names and "decoder.model.norm.weight" in names
+    assert "vision.tower.pre_layrnorm.weight" in names  # the pattern is searched, in every part
+    assert not any(".q_proj" in n for n in names)
+
+
+def test_lora_trains_adapters_and_what_is_named(tools, kind):
+    lora = tools.lora(targets=(r"\.(q_proj|v_proj|q|v)$",), r=2, alpha=4)
+    model = tools.build(tools.recipe(kind, lora=lora, freeze=("^vision",), train=(r"decoder\..*(norm)",)))
+    names = trainable(model)
+    decoder = {n for n in names if n.startswith("decoder.")}
+    assert decoder and all("lora_" in n or "norm" in n for n in decoder)
+    assert any("lora_A" in n for n in decoder) and any("norm" in n for n in decoder)
+    assert not any("lora_" in n for n in names if not n.startswith("decoder."))
+    assert not any(n.startswith("vision") for n in names) and "connector.linear.weight" in names
+
+
+def test_merged_lora_computes_the_same_with_plain_names(tools, kind, tmp_path):
+    plain = tools.build(tools.recipe(kind))
+    model = tools.build(tools.recipe(kind, lora=tools.lora(targets=("q_proj|v_proj|[.]q$",)))).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = tools.collate(tools.mixed, kind)
+    expected = model(batch)["loss_sum"]
+    assert abs(expected - plain(batch)["loss_sum"]) > 1e-4
+    merge_lora(model)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(model(batch)["loss_sum"], expected, rtol=1e-5, atol=0)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(batch)["loss_sum"], expected, rtol=1e-5, atol=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tools, tmp_path_factory):
+    """A whole CLIP, its vision tower alone, and a LLaMA, with a smaller vocabulary than the tokenizer."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    config = tools.recipe("llama")
+    vision = CLIPVisionConfig(**config.vision.config)
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(11)
+    CLIPVisionModel(vision).save_pretrained(root / "tower")
+    CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text)).save_pretrained(root / "clip")
+    LlamaForCausalLM(LlamaConfig(**config.decoder.config, vocab_size=30)).save_pretrained(root / "llama")
+    return root
+
+
+@pytest.mark.parametrize("tower", ["tower", "clip"])
+def test_pretrained_parts_keep_their_weights(tools, checkpoints, tower):
+    vision = CLIPVisionModel.from_pretrained(checkpoints / tower)
+    language = LlamaForCausalLM.from_pretrained(checkpoints / "llama")
+    model = tools.build(
+        ModelConfig(
+            vision=VisionConfig(pretrained=str(checkpoints / tower)),
+            decoder=DecoderConfig(kind="llama", pretrained=str(checkpoints / "llama")),
+        )
+    )
+    ours = model.vision.tower.state_dict()
+    for name, value in vision.state_dict().items():
+        assert "post_layernorm" in name or torch.equal(ours[name], value), name
+    ours = model.decoder.state_dict()
+    for name, value in language.state_dict().items():
+        assert torch.equal(ours[name][: len(value)], value), name
+    assert model.get_input_embeddings().weight.shape[0] == tools.vocab
+    assert model.get_output_embeddings().weight.shape[0] == tools.vocab
+    assert torch.isfinite(model(tools.collate(tools.mixed))["loss_sum"])
+
+
+def test_incomplete_and_foreign_checkpoints(tools, checkpoints, tmp_path):
+    language = LlamaForCausalLM.from_pretrained(checkpoints / "llama")
+    state = language.state_dict()
+    del state["model.norm.weight"]
+    language.save_pretrained(tmp_path / "part", state_dict=state)
+    whole = tools.recipe("llama")
+
+    def attempt(directory):
+        tools.build(ModelConfig(vision=whole.vision, decoder=DecoderConfig(kind="llama", pretrained=str(directory))))
+
+    with pytest.raises(ValueError, match="missing weights for LlamaForCausalLM: model.norm.weight"):
+        attempt(tmp_path / "part")
+    state = {**language.state_dict(), "adapter.weight": torch.ones(2)}
+    language.save_pretrained(tmp_path / "more", state_dict=state)
+    with pytest.raises(ValueError, match="unexpected weights for LlamaForCausalLM: adapter.weight"):
+        attempt(tmp_path / "more")
+    with pytest.raises(ValueError, match="is not a directory"):
+        attempt(tmp_path / "none")
+    config = json.loads((checkpoints / "llama" / "config.json").read_text())
+    assert config["vocab_size"] == 30
