@@ -1,10 +1,23 @@
-"""Build hook: the compiled ops (`dsvlm/ops/csrc`) attach here; without them the package is pure Python."""
+"""Build hooks: ds_configs/ goes into the wheel; the compiled ops (`dsvlm/ops/csrc`) attach here when they come."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-CSRC = Path(__file__).parent / "dsvlm" / "ops" / "csrc"
+HERE = Path(__file__).parent
+CSRC = HERE / "dsvlm" / "ops" / "csrc"
+
+
+class BuildPackage(build_py):
+    """Copies the repository's ds_configs/ into the package, where an installed `dsvlm` finds it."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "dsvlm", "ds_configs")
+            shutil.copytree(HERE / "ds_configs", target, dirs_exist_ok=True)
 
 
 def extensions() -> list:
@@ -13,4 +26,4 @@ def extensions() -> list:
     return []
 
 
-setup(ext_modules=extensions())
+setup(ext_modules=extensions(), cmdclass={"build_py": BuildPackage})

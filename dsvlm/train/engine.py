@@ -6,18 +6,25 @@ from pathlib import Path
 from dsvlm.config import OptimConfig, Recipe
 from dsvlm.train.optim import make_optimizer
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # What the window, the recipe and the schedule decide; a JSON that sets them would contradict one of them.
 OWNED = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation",
-    "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "data_types", "prescale_gradients",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "managed_gradient_accumulation", "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "data_types",
+    "prescale_gradients",
 )  # fmt: skip
+
+
+def ds_configs() -> Path:
+    """The directory ds_configs/: a wheel carries it inside the package, a checkout has it beside the package."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "ds_configs"
+    return inside if inside.is_dir() else package.parent / "ds_configs"
 
 
 def read_ds_config(recipe: Recipe) -> dict:
     """The DeepSpeed JSON that the recipe names, checked to leave alone what the recipe owns."""
     train = recipe.train
-    path = Path(train.ds_config) if train.ds_config else DS_CONFIGS / f"zero{train.zero}.json"
+    path = Path(train.ds_config) if train.ds_config else ds_configs() / f"zero{train.zero}.json"
     try:
         config = json.loads(path.read_text())
     except OSError as error:
