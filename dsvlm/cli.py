@@ -31,7 +31,6 @@ def add_train(commands) -> None:
     )
     add_recipe(parser)
     parser.add_argument("--nproc", type=int, default=0, help="ranks to start on this machine (default: be one rank)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.set_defaults(run=train)
 
 
@@ -88,11 +87,13 @@ def plan(args: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dsvlm",
-        description="Trains vision-language models on many tasks; the same recipe, the same training, on any number of GPUs.",
+        description="Trains vision-language models on many tasks: one recipe, the same training on any number of GPUs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dsvlm {__version__}")
+    # The deepspeed launcher puts this before the command; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_train(commands)
     add_plan(commands)

@@ -1,10 +1,11 @@
 """Boxes as location tokens: a quantiser that is off by at most half a bin and never makes a box of area 0.
 
-Each axis is quantised as a pair (i, j) of bins for its two ends. Ends in different bins decode to the bins' centres. Ends in
-one bin would collapse there, so a short side has codes of its own, half a bin wide: (b, b) is the middle of bin b, and the
-otherwise unused (b, b - 1) is centred on the edge between b - 1 and b. The nearest of the two is at most a quarter of a bin
-away, and half a side differs from a quarter of a bin by at most another quarter: half a bin in all. Bins that touch the
-image's border have no outer edge code; their middle code is moved towards the border by a quarter of a bin instead.
+Each axis is quantised as a pair (i, j) of bins for its two ends. Ends in different bins decode to the bins' centres.
+Ends in one bin would collapse there, so a short side has codes of its own, half a bin wide: (b, b) is the middle of
+bin b, and the otherwise unused (b, b - 1) is centred on the edge between b - 1 and b. The nearest of the two is at
+most a quarter of a bin away, and half a side differs from a quarter of a bin by at most another quarter: half a bin
+in all. Bins that touch the image's border have no outer edge code; their middle code is moved towards the border by a
+quarter of a bin instead.
 """
 
 import re

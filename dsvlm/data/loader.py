@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,13 +23,15 @@ UNITS_AHEAD = 2  # whose images are decoded while an earlier unit trains
 class Source:
     """One task as the loader sees it.
 
-    sample: record -> Sample, the task type's template; head: index in the bank, -1 = the vocabulary.
+    sample: record -> Sample, the task type's template; head: index in the bank, -1 = the vocabulary; images: whether
+    its samples have images; a text-only task's have none.
     """
 
     name: str
     reader: ShardReader
     sample: Callable[[dict], Sample]
     head: int = -1
+    images: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,10 @@ class Loader:
 
     def encode(self, source: Source, sample: int) -> tuple[Encoded, int]:
         try:
-            made: Sample = source.sample(source.reader.record(sample))
+            made = source.sample(source.reader.record(sample))
             text = encode_sample(made, self.codec, self.config.max_length, self.config.encoder_decoder)
+            if not source.images:
+                text = replace(text, images=0)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, BadSample):
                 raise
@@ -178,10 +182,15 @@ class Loader:
     def journal(self, window: LoadedWindow) -> list[dict]:
         """The masked samples of a window, as journal entries."""
         return [
-            {"step": window.step, "task": self.sources[d.task].name, "where": self.sources[d.task].reader.where(d.sample),
-             "reason": d.reason}
-            for d in window.drafts if d.reason
-        ]  # fmt: skip
+            {
+                "step": window.step,
+                "task": self.sources[draft.task].name,
+                "where": self.sources[draft.task].reader.where(draft.sample),
+                "reason": draft.reason,
+            }
+            for draft in window.drafts
+            if draft.reason
+        ]
 
     def close(self) -> None:
         if self.pool is not None:

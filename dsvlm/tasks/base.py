@@ -1,7 +1,7 @@
 """What a task type is: a template that turns a record into a sample, a parser of answers and a score.
 
-Every type is text-to-text with cross-entropy (T5, Kosmos-2, GFM) unless it names a head. The same template object serves
-training and evaluation.
+Every type is text-to-text with cross-entropy (T5, Kosmos-2, GFM) unless it names a head. The same template object
+serves training and evaluation.
 """
 
 import string

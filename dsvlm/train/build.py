@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dsvlm.config import Recipe, TaskConfig, nearest
+from dsvlm.data.index import is_image
 from dsvlm.data.loader import Loader, LoaderConfig, Source
 from dsvlm.data.manifest import Manifest, check_files, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
@@ -49,7 +50,8 @@ def plan_run(recipe: Recipe) -> Planned:
         group=options.group, samples=options.samples, chunk=options.chunk,
     )  # fmt: skip
     hashes = {name: manifest.hash for name, manifest in manifests.items()}
-    return Planned(recipe, manifests, schedule, Plan(schedule), identity_bytes(schedule, recipe.identity_hash(), hashes))
+    identity = identity_bytes(schedule, recipe.identity_hash(), hashes)
+    return Planned(recipe, manifests, schedule, Plan(schedule), identity)
 
 
 def task_manifest(recipe: Recipe, name: str, shards: str) -> Manifest:
@@ -69,7 +71,7 @@ def task_manifest(recipe: Recipe, name: str, shards: str) -> Manifest:
             f"{task.type!r}{nearest(manifest.type, TASK_TYPES)}; change one of the two"
         )
     if not manifest.samples:
-        raise ValueError(f"task {name}: its shards in {directory} hold no samples; convert them again or remove the task")
+        raise ValueError(f"task {name}: its shards in {directory} hold no samples; convert again or remove the task")
     return manifest
 
 
@@ -117,10 +119,12 @@ def shard_texts(planned: Planned) -> Iterator[str]:
 
 def make_sources(planned: Planned) -> list[Source]:
     heads = head_indexes(planned.recipe)
-    return [
-        Source(name, ShardReader(planned.manifests[name]), kind.sample, head)
-        for (name, kind), head in zip(task_types(planned.recipe).items(), heads, strict=True)
-    ]
+    sources = []
+    for (name, kind), head in zip(task_types(planned.recipe).items(), heads, strict=True):
+        manifest = planned.manifests[name]
+        images = any(map(is_image, manifest.members))
+        sources.append(Source(name, ShardReader(manifest), kind.sample, head, images))
+    return sources
 
 
 def make_loader(planned: Planned, codec: TextCodec, image_size: int, rank: int, world_size: int) -> Loader:

@@ -7,8 +7,8 @@
         ema-...                       averaged weights, when the recipe keeps them
         COMPLETE.json                 names, sizes and sha256 of the files above, written last
 
-Tensors are gathered one at a time and dealt to ranks as writers, so any number of ranks and any ZeRO stage can read them
-again. Frozen weights are not saved: they come from where they came at the start.
+Tensors are gathered one at a time and dealt to ranks as writers, so any number of ranks and any ZeRO stage can read
+them again. Frozen weights are not saved: they come from where they came at the start.
 """
 
 import hashlib
@@ -170,10 +170,9 @@ def load_weights(model, directory: Path, kind: str = "weights") -> None:
         )
     with torch.no_grad():
         for name, parameter in own.items():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(
-                    f"checkpoint {directory}: {name} is {list(tensors[name].shape)}, the model's {list(parameter.shape)}"
-                )
+            found, wanted = list(tensors[name].shape), list(parameter.shape)
+            if found != wanted:
+                raise ValueError(f"checkpoint {directory}: {name} has the shape {found}, the model's {wanted}")
             parameter.copy_(tensors[name])
 
 

@@ -9,7 +9,7 @@ from dsvlm.train.fragments import fragment, join, shape_of, trainable
 class Ema:
     """average <- decay * average + (1 - decay) * weights, after every update.
 
-    The decay grows from 0 as (1 + step) / (10 + step) up to `decay`, so that early averages are not the initial weights.
+    The decay grows as (1 + step) / (10 + step) up to `decay`, so that early averages are not the initial weights.
     """
 
     def __init__(self, engine, decay: float):

@@ -1,6 +1,6 @@
-"""Checks between ranks, on CPU groups with a short timeout, before any ZeRO collective: same run, same plan, or one error.
+"""Checks between ranks, on a CPU group with a short timeout, before any ZeRO collective.
 
-ZeRO-3 ranks that disagree hang; here they say who disagrees about what.
+ZeRO-3 ranks that disagree hang; here they say first who disagrees about what, and all raise the same error.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class Guard:
             raise ValueError(f"{where}{errors[ranks[0]]}")
 
     def first(self, function, *arguments):
-        """Calls a function on rank 0 alone and returns its result there, None elsewhere; its ValueError is everyone's."""
+        """Calls a function on rank 0 alone: its result there, None elsewhere; its ValueError on every rank."""
         return self.together(*((function, *arguments) if dist.get_rank() == 0 else (lambda: None,)))
 
     def enter_window(self, record: dict, counts: np.ndarray, stop: bool, error: str | None) -> tuple[np.ndarray, bool]:
@@ -97,7 +97,7 @@ class Guard:
             function(*arguments, group=self.group, **options)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {dist.get_rank()}: the other ranks did not answer within {self.timeout} s, or one of them ended; "
+                f"rank {dist.get_rank()}: the other ranks did not answer within {self.timeout} s, or one ended; "
                 f"its own message says why. If a rank only reads slowly, raise train.timeout ({error})"
             ) from error
 

@@ -121,7 +121,7 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
     environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc), "--master_addr", "127.0.0.1",
-        "--master_port", str(free_port()), "--module", "dsvlm", *arguments,
+        "--master_port", str(free_port()), "--log_level", "error", "--module", "dsvlm", *arguments,
     ]  # fmt: skip
     clear_stop(run_dir)
     # A session of its own: Ctrl-C then reaches this process alone, and the launcher cannot kill ranks that are saving.

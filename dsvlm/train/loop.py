@@ -178,7 +178,7 @@ def train_step(run: Run) -> bool:
 
 
 def report(run: Run, window: LoadedWindow, weights, sums, slots: int, row: dict, clock: "Clock") -> None:
-    """Adds up the window over ranks, writes its metrics line, journals masked samples; stops the run above their rate."""
+    """Adds up the window over ranks, writes its line, journals masked samples; stops the run above their rate."""
     names = list(run.recipe.tasks)
     live = [draft for draft in window.drafts if not draft.reason]
     total = run.guard.sum(np.concatenate([sums.ravel(), [clock.wait_share(), slots]]))
@@ -210,7 +210,7 @@ def report(run: Run, window: LoadedWindow, weights, sums, slots: int, row: dict,
 
 
 def window_fingerprint(names: list[str], live: list[Draft]) -> int:
-    """Sum mod 2^64 over samples that teach: equal for every world size, another when one is lost, swapped or repeated."""
+    """Sum mod 2^64 over samples that teach: equal for every world size, another when one is lost or repeated."""
     parts = []
     for task, name in enumerate(names):
         numbers = [(d.epoch, d.sample, d.crc) for d in live if d.task == task]

@@ -42,8 +42,8 @@ def parameter_groups(model, optim: OptimConfig) -> list[dict]:
     for index, group in enumerate(optim.groups):
         if index not in used:
             raise ValueError(
-                f"optim.groups[{index}].match: {group.match!r} is the first match of no trainable parameter; names look "
-                f"like {', '.join(name for name, _ in named[:3])}"
+                f"optim.groups[{index}].match: {group.match!r} is the first match of no trainable parameter; "
+                f"names look like {', '.join(name for name, _ in named[:3])}"
             )
     return list(groups.values())
 

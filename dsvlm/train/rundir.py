@@ -30,7 +30,7 @@ def lock_run(run_dir: Path):
 
 
 def prepare_run(planned: Planned) -> None:
-    """Rank 0's first act: writes recipe, identity and tokenizer, or checks that they are those of the run that is there.
+    """Rank 0's first act: writes recipe, identity and tokenizer, or checks that the run that is there has the same.
 
     Raises ValueError naming each field that differs.
     """

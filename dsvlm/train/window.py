@@ -12,8 +12,8 @@ from dsvlm.schedule.keys import key64
 def target_weights(counts: np.ndarray, weights: Sequence[float], heads: Sequence[int], normalise: str) -> np.ndarray:
     """Weight of one target of each task in the window's loss.
 
-    counts: [tasks] int64, the window's targets over all ranks; weights: each task's loss weight; heads: -1 or the task's
-    head. `token`: one count per objective (all text tasks together, all heads together); `task`: one per task.
+    counts: [tasks] int64, the window's targets over all ranks; weights: each task's loss weight; heads: -1 or the
+    task's head. `token`: one count per objective (all text tasks together, all heads together); `task`: one per task.
     Returns [tasks] float64; a task without targets weighs 0.
     """
     heads = np.asarray(heads)
