@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dsvlm.schedule.mixture import Mixture
 from dsvlm.schedule.plan import STRATEGIES, Plan, Schedule, Stream
 
-steady = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+steady = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=60)
 
 STREAMS = (Stream("caption", (5, 3, 0, 7, 4), 6, 3), Stream("vqa", (11,), 2, 1), Stream("locate", (9, 9), 4, 2))
 SCHEDULE = Schedule(7, "accumulate", STREAMS, block=3, group=2, samples=8, chunk=2)

@@ -6,13 +6,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dsvlm.schedule.plan import Plan, Schedule, Stream
 from dsvlm.schedule.strategy import deal, idle_share
 
-steady = settings(derandomize=True, deadline=None, database=None, max_examples=30)
+steady = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=30)
 micro_batches = st.integers(1, 20)
 
 
