@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsvlm.train.preempt import SIGNALS, clear_stop, request_stop
+from dsvlm.train.preempt import SIGNALS, STOP_FILE, clear_stop, install_handlers, request_stop
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -59,6 +59,7 @@ def init_distributed(ranks: Ranks, timeout: int) -> "torch.device":  # noqa: F82
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     import logging
+    import warnings
     from datetime import timedelta
 
     import deepspeed
@@ -66,6 +67,8 @@ def init_distributed(ranks: Ranks, timeout: int) -> "torch.device":  # noqa: F82
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch renames; hundreds of lines that no user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     gpu = os.environ.get("DS_ACCELERATOR") != "cpu"
     if gpu:
         torch.cuda.set_device(ranks.local_rank)
@@ -123,11 +126,21 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc), "--master_addr", "127.0.0.1",
         "--master_port", str(free_port()), "--log_level", "error", "--module", "dsvlm", *arguments,
     ]  # fmt: skip
+    pending = install_handlers()
     clear_stop(run_dir)
     # A session of its own: Ctrl-C then reaches this process alone, and the launcher cannot kill ranks that are saving.
     child = subprocess.Popen(command, env=environ, start_new_session=True)
+
+    def stop(number: int, frame) -> None:
+        if number == signal.SIGINT and (run_dir / STOP_FILE).exists():
+            os.killpg(child.pid, signal.SIGKILL)  # the second Ctrl-C means now
+        request_stop(run_dir)
+        print("dsvlm: stopping: the ranks save after the present update", file=sys.stderr)
+
     for number in SIGNALS:
-        signal.signal(number, lambda *_: request_stop(run_dir))
+        signal.signal(number, stop)
+    if pending.signal is not None:
+        request_stop(run_dir)  # it came before there was a rank to ask
     try:
         return child.wait()
     finally:

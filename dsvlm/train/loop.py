@@ -18,7 +18,7 @@ from dsvlm.train.guard import Guard, code_version
 from dsvlm.train.launch import find_ranks, init_distributed
 from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
-from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, stop_requested, write_requeue
+from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
 from dsvlm.train.rundir import lock_run, open_run, prepare_run
 from dsvlm.train.window import run_window, target_weights
 
@@ -64,8 +64,7 @@ def train(recipe: Recipe) -> int:
             lock.close()
     if ranks.rank == 0:
         clear_stop(recipe.run_dir)
-        if not finished:
-            write_requeue(recipe.run_dir)
+        mark_requeue(recipe.run_dir, wanted=not finished)
     return 0
 
 

@@ -44,6 +44,10 @@ def clear_stop(run_dir: Path) -> None:
     (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 
-def write_requeue(run_dir: Path) -> None:
-    """Leaves the mark by which a batch script knows that the job is to be queued again."""
-    (run_dir / "REQUEUE").write_text(f"{os.environ.get('SLURM_JOB_ID', '')}\n")
+def mark_requeue(run_dir: Path, wanted: bool) -> None:
+    """Leaves the mark by which a batch script knows that the job is to be queued again, or takes an old one away."""
+    mark = run_dir / "REQUEUE"
+    if wanted:
+        mark.write_text(f"{os.environ.get('SLURM_JOB_ID', '')}\n")
+    else:
+        mark.unlink(missing_ok=True)
