@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dsvlm import __version__
 
@@ -84,6 +85,100 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="directory that dsvlm train wrote")
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights (optim.ema)")
+
+
+def add_eval(commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="score a run on its validation sets",
+        description="Answers validation samples; prints each task's metrics, chance beside them; writes RUN/eval.json.",
+        epilog="example: dsvlm eval runs/quickstart --tasks question,locate --samples 100 --json",
+    )
+    add_run(parser)
+    parser.add_argument("--tasks", default="", metavar="A,B", help="tasks (default: all with a validation set)")
+    parser.add_argument("--samples", type=int, metavar="N", help="per task (default: the recipe's eval.samples)")
+    add_ema(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import json
+
+    from dsvlm.eval.evaluate import evaluate, render
+
+    tasks = [name for name in args.tasks.split(",") if name]
+    result = evaluate(args.run_dir, tasks, args.samples, args.ema, progress=sys.stderr.isatty())
+    print(json.dumps(result) if args.json else render(result))
+    return 0
+
+
+def add_generate(commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="ask a run about an image",
+        description="Prints the model's answer to a prompt, used as it is, and the boxes in the answer.",
+        epilog='example: dsvlm generate runs/quickstart image.png "where is the red circle?" --draw boxes.png',
+    )
+    add_run(parser)
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="PNG, JPEG or WebP file")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the image with the boxes drawn on it")
+    add_ema(parser)
+    parser.add_argument("--json", action="store_true", help="print the answer and its boxes as one JSON object")
+    parser.set_defaults(run=generate)
+
+
+def generate(args: argparse.Namespace) -> int:
+    from dsvlm.eval.generate import generate
+
+    return generate(args.run_dir, args.image, args.prompt, as_json=args.json, draw=args.draw, ema=args.ema)
+
+
+def add_report(commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write a run's report as one HTML file",
+        description="Writes RUN/report.html: loss curves, scores and answers of the last evaluation, throughput.",
+        epilog="example: dsvlm report runs/quickstart",
+    )
+    add_run(parser)
+    parser.set_defaults(run=report)
+
+
+def report(args: argparse.Namespace) -> int:
+    from dsvlm.eval.report import write_report
+
+    print(write_report(args.run_dir))
+    return 0
+
+
+def add_export(commands) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a run as a Hugging Face folder",
+        description="Writes weights (LoRA merged), tokenizer, processor and model card; loads with from_pretrained.",
+        epilog="example: dsvlm export runs/quickstart out/",
+    )
+    add_run(parser)
+    parser.add_argument("out", metavar="OUT", type=Path, help="new or empty directory")
+    add_ema(parser)
+    parser.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace) -> int:
+    from dsvlm.export.hf import export_run
+
+    print(export_run(args.run_dir, args.out, args.ema))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dsvlm",
@@ -97,6 +192,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_train(commands)
     add_plan(commands)
+    add_eval(commands)
+    add_generate(commands)
+    add_report(commands)
+    add_export(commands)
     from dsvlm.data.commands import add_data_parser
 
     add_data_parser(commands)

@@ -1,0 +1,176 @@
+"""Answers of a model to questions about images: greedy decoding in batches, and the `generate` command."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsvlm.data.boxes import decode_boxes
+from dsvlm.data.collate import Batch, Row, collate
+from dsvlm.data.encode import encode_sample
+from dsvlm.data.reader import BadSample
+from dsvlm.data.sample import Box, Image, Sample, Segment, Text
+from dsvlm.data.tokenizer import TextCodec
+from dsvlm.data.transforms import decode_image
+
+if TYPE_CHECKING:
+    from dsvlm.model.git import GitVlm
+
+Question = tuple[Sequence[Segment], np.ndarray | None]  # prompt segments, and pixels uint8 [3, P, P]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a row of a model can hold.
+
+    text: tokens of prompt and answer that fit beside one image into the decoder's positions, None = no limit.
+    """
+
+    text: int | None
+    encoder_decoder: bool
+
+    @classmethod
+    def of(cls, model: GitVlm) -> Room:
+        config = model.decoder.config
+        positions = getattr(config, "max_position_embeddings", None)  # T5 has none: its positions are relative
+        return cls(positions and positions - model.vision.tokens, config.is_encoder_decoder)
+
+    def answer(self, batch: Batch, wanted: int) -> int:
+        """New tokens that can be asked for, at most `wanted`."""
+        return wanted if self.text is None else min(wanted, self.text - batch.tokens.shape[1])
+
+
+def answers(
+    model: GitVlm, codec: TextCodec, questions: Sequence[Question], max_new_tokens: int, batch: int, bar=None
+) -> list[str]:
+    """Greedy answers as text, in the order of the questions.
+
+    batch: questions decoded together; bar: a tqdm bar to move on, or None. An answer has at most max_new_tokens tokens,
+    and no more than the decoder's positions have room for.
+    """
+    texts, room = [], Room.of(model)
+    for inputs in batches(model, codec, questions, room, batch):
+        limit = room.answer(inputs, max_new_tokens)
+        written = model.generate(inputs.pixels, inputs.image_row, inputs.tokens, inputs.lengths, limit, codec.eos_id)
+        texts += [codec.decode(until_eos(ids, codec.eos_id)) for ids in written.tolist()]
+        if bar is not None:
+            bar.update(len(written))
+    return texts
+
+
+def head_answers(
+    model: GitVlm, codec: TextCodec, questions: Sequence[Question], head: int, batch: int, bar=None
+) -> list[str]:
+    """The most likely class of one head of the bank, as text, in the order of the questions."""
+    import torch
+
+    classes = []
+    with torch.inference_mode():
+        for inputs in batches(model, codec, questions, Room.of(model), batch):
+            _, _, pooled = model._states(inputs)
+            classes += model.heads.logits(pooled, head).argmax(dim=-1).tolist()
+            if bar is not None:
+                bar.update(len(inputs.tokens))
+    return [str(c) for c in classes]
+
+
+def batches(
+    model: GitVlm, codec: TextCodec, questions: Sequence[Question], room: Room, size: int
+) -> Iterator[Batch]:
+    """Questions in batches on the model's device."""
+    image_size = model.config.vision_settings["image_size"]
+    for start in range(0, len(questions), size):
+        yield question_batch(codec, questions[start : start + size], room, image_size).to(model.device)
+
+
+def question_batch(codec: TextCodec, questions: Sequence[Question], room: Room, image_size: int) -> Batch:
+    """The rows of training, cut off where the answer starts.
+
+    Raises ValueError when a prompt leaves no room for an answer.
+    """
+    limit = sys.maxsize if room.text is None else room.text - 1
+    rows = []
+    for segments, image in questions:
+        # A sample with a label is a prompt without a target: a question, for both kinds of decoder.
+        sample = Sample(tuple(segments), label=0)
+        try:
+            text = encode_sample(sample, codec, limit, room.encoder_decoder)
+        except BadSample:
+            raise ValueError(f"the prompt is longer than {limit} tokens, what the model has room for") from None
+        rows.append(Row(text, image, weight=0.0, key=0, task=0))
+    return collate(rows, image_size=image_size, pad_id=codec.pad_id)
+
+
+def until_eos(ids: Sequence[int], eos_id: int) -> list[int]:
+    ids = list(ids)
+    return ids[: ids.index(eos_id)] if eos_id in ids else ids
+
+
+def generate(run_dir: Path, image: Path, prompt: str, *, as_json: bool, draw: Path | None, ema: bool) -> int:
+    """The `generate` command: prints the answer to one prompt, used as it is, and the boxes in the answer."""
+    from dsvlm.eval.load import load_run
+
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise ValueError(f"image {image}: {error.strerror}") from None
+    recipe, codec, model = load_run(run_dir, "ema" if ema else "weights")
+    try:
+        pixels = decode_image(data, model.config.vision_settings["image_size"])
+    except BadSample as error:
+        raise ValueError(f"image {image}: {error.reason}") from None
+    question = ((Image(), Text(prompt)), pixels)
+    [answer] = answers(model, codec, [question], recipe.eval.max_new_tokens, 1)
+    boxes = decode_boxes(answer, codec.bins)
+    size = image_size(data)
+    if draw is not None:
+        draw_boxes(data, boxes, draw)
+    if as_json:
+        print(json.dumps({"answer": answer, "boxes": [describe(box, size) for box in boxes]}))
+        return 0
+    print(answer)
+    for box in boxes:
+        pixel = describe(box, size)["pixels"]
+        print(f"box {' '.join(f'{v:.4f}' for v in box)}  pixels {' '.join(map(str, pixel))}")
+    return 0
+
+
+def describe(box: Box, size: tuple[int, int]) -> dict:
+    """A box as shares of the image and in pixels of the file, both x0, y0, x1, y1."""
+    return {"box": list(box), "pixels": in_pixels(box, size)}
+
+
+def in_pixels(box: Box, size: tuple[int, int]) -> list[int]:
+    width, height = size
+    return [round(v * length) for v, length in zip(box, (width, height, width, height), strict=True)]
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
+
+
+def draw_boxes(data: bytes, boxes: Sequence[Box], path: Path) -> None:
+    """Writes the image with boxes drawn on it; small images are enlarged so that lines stay thin."""
+    from PIL import Image, ImageDraw
+
+    with Image.open(io.BytesIO(data)) as opened:
+        image = opened.convert("RGB")
+    scale = max(1, 320 // max(image.size))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(image)
+    for box in boxes:
+        pen.rectangle(in_pixels(box, image.size), outline=(255, 0, 200), width=max(2, max(image.size) // 200))
+    try:
+        image.save(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--draw {path}: cannot write the image ({error})") from None

@@ -1,0 +1,185 @@
+"""`RUN/report.html`: what was trained and what came of it, on one page without anything from outside."""
+
+import json
+import math
+import re
+from html import escape
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+from dsvlm.config import Recipe
+from dsvlm.eval.charts import Series, legend, line_chart, sparkline
+from dsvlm.eval.evaluate import versions, write
+from dsvlm.eval.gallery import CARDS, gallery
+from dsvlm.eval.style import stylesheet
+from dsvlm.train.checkpoint import complete_checkpoints
+from dsvlm.train.metrics import read_lines
+from dsvlm.train.rundir import read_recipe
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes the report from metrics.jsonl, and from eval.json and eval_samples.jsonl when they are there.
+
+    Raises ValueError when the directory is not a run or has no update yet.
+    """
+    run_dir = Path(run_dir)
+    recipe = read_recipe(run_dir)
+    rows = read_lines(run_dir / "metrics.jsonl")
+    if not rows:
+        raise ValueError(f"{run_dir}: metrics.jsonl holds no update yet; train first")
+    result = read_result(run_dir)
+    sections = [
+        heading(recipe, rows, result),
+        results(result, run_dir),
+        curves(recipe, rows),
+        answers(recipe, result, read_lines(run_dir / "eval_samples.jsonl")),
+        efficiency(rows),
+        whole_recipe(recipe),
+    ]
+    path = run_dir / "report.html"
+    write(path, page(f"{recipe.name}: training report", sections))
+    return path
+
+
+def read_result(run_dir: Path) -> dict | None:
+    path = run_dir / "eval.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def page(title: str, sections: list[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title>\n<style>{stylesheet()}</style></head>\n<body>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body></html>\n"
+    )
+
+
+def heading(recipe: Recipe, rows: list[dict], result: dict | None) -> str:
+    vision, decoder = recipe.model.vision, recipe.model.decoder
+    done, planned = rows[-1]["step"] + 1, recipe.schedule.steps
+    facts = {
+        "updates": f"{done:,}" + ("" if done == planned else f" of {planned:,}"),
+        "samples": f"{sum(row['samples'] for row in rows):,}, {sum(row['masked'] for row in rows):,} masked",
+        "time": duration(sum(row["seconds"] for row in rows)),
+        "strategy": f"{recipe.schedule.strategy}, {len(recipe.tasks)} tasks",
+        "ranks": f"{ranks(recipe.run_dir)}, ZeRO-{recipe.train.zero}, {recipe.train.dtype}",
+        "vision": vision.pretrained or sizes(vision.config),
+        "decoder": f"{decoder.kind}: {decoder.pretrained or sizes(decoder.config)}",
+        "versions": ", ".join(f"{k} {v}" for k, v in (result["versions"] if result else versions()).items()),
+    }
+    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    return f"<h1>{escape(recipe.name)}</h1>\n<p class='note'>One model, trained on all tasks.</p>\n<dl>{items}</dl>"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def ranks(run_dir: Path) -> str:
+    """Ranks that wrote the newest checkpoint, from its files' names."""
+    for checkpoint in reversed(complete_checkpoints(run_dir)):
+        files = json.loads((checkpoint / "COMPLETE.json").read_text())["files"]
+        found = {int(match[1]) for name in files if (match := re.search(r"-of-(\d+)\.safetensors$", name))}
+        if found:
+            return f"{max(found)} rank{'s' * (max(found) > 1)}"
+    return "ranks unknown"
+
+
+def sizes(config: dict) -> str:
+    shown = {"image_size": "px", "patch_size": "px patches", "num_hidden_layers": "layers", "hidden_size": "wide"}
+    return ", ".join(f"{config[key]} {unit}" for key, unit in shown.items() if key in config) or "new"
+
+
+def results(result: dict | None, run_dir: Path) -> str:
+    if result is None:
+        command = f"<code>dsvlm eval {escape(str(run_dir))}</code>"
+        return f"<h2>Results</h2><p class='note'>Not evaluated yet: {command}, then make this report again.</p>"
+    body = "".join(result_row(name, task) for name, task in result["tasks"].items())
+    kind = "averaged weights" if result["weights"] == "ema" else "weights"
+    return (
+        "<h2>Results on validation samples</h2>"
+        f"<p class='note'>The {kind} of step {result['step']:,}, greedy answers. The mark on a bar is chance: what the "
+        "best guess without looking at the image scores.</p><div class='scroll'><table><thead><tr><th>task</th>"
+        "<th>metric</th><th class='number'>score</th><th></th><th class='number'>chance</th><th>also</th>"
+        f"<th class='number'>samples</th></tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def result_row(name: str, task: dict) -> str:
+    score, chance = task["metrics"][task["metric"]], task["chance"]
+    mark = "" if chance is None else f'<b style="left:calc({100 * chance:.1f}% - 1px)"></b>'
+    also = ", ".join(f"{words(k)} {v:.3f}" for k, v in task["metrics"].items() if k != task["metric"])
+    samples = f"{task['samples']:,}" + (f" ({task['skipped']} damaged)" if task["skipped"] else "")
+    return (
+        f"<tr><td><strong>{escape(name)}</strong></td><td>{escape(words(task['metric']))}</td>"
+        f"<td class='number'>{score:.3f}</td>"
+        f"<td><div class='bar'><i style='width:{100 * score:.1f}%'></i>{mark}</div></td>"
+        f"<td class='number'>{'&ndash;' if chance is None else f'{chance:.3f}'}</td><td>{escape(also)}</td>"
+        f"<td class='number'>{samples}</td></tr>"
+    )
+
+
+def words(metric: str) -> str:
+    return metric.replace("_", " ").replace("iou", "IoU").replace("f1", "F1")
+
+
+def curves(recipe: Recipe, rows: list[dict]) -> str:
+    series = []
+    for name in recipe.tasks:
+        points = [(row["step"], row["task_loss"].get(name, math.nan)) for row in rows]
+        points = [(x, y) for x, y in points if math.isfinite(y)]  # a task may be absent from a window, or have diverged
+        if points:
+            series.append(Series(name, [x for x, _ in points], [y for _, y in points]))
+    return (
+        "<h2>Training loss per task</h2><p class='note'>Mean cross-entropy per target token, in nats: smoothed lines "
+        f"over the values of single updates.</p>{legend([s.name for s in series])}"
+        f"<div class='panel'>{line_chart(series, 'update', 'loss')}</div>"
+    )
+
+
+def answers(recipe: Recipe, result: dict | None, rows: list[dict]) -> str:
+    if result is None:
+        return ""
+    parts = [
+        "<h2>Answers on images it never saw</h2>"
+        f"<p class='note'>The first {CARDS} validation samples of each task, not chosen.</p>"
+    ]
+    for name, task in result["tasks"].items():
+        mine = [row for row in rows if row["task"] == name]
+        share = f"{words(task['metric'])} {task['metrics'][task['metric']]:.3f}"
+        parts.append(f"<h3>{escape(name)}<small>{escape(share)} on {task['samples']} samples</small></h3>")
+        parts.append(gallery(recipe, name, task["metric"], mine))
+    return "\n".join(parts)
+
+
+def efficiency(rows: list[dict]) -> str:
+    tiles = [
+        tile(rows, "tokens_per_s", "text tokens per second", "{:,.0f}"),
+        tile(rows, "seconds", "seconds per update", "{:.3f}"),
+        tile(rows, "useful_tokens", "text positions that are not padding", "{:.1%}", top=1.0),
+        tile(rows, "data_wait", "of the time spent waiting for data", "{:.1%}", top=1.0),
+    ]
+    return (
+        "<h2>Padding and throughput</h2><p class='note'>Medians over all updates; the small charts run from the first "
+        f"update to the last, from 0 up.</p><div class='tiles'>{''.join(tiles)}</div>"
+    )
+
+
+def tile(rows: list[dict], key: str, label: str, form: str, top: float | None = None) -> str:
+    ys = [row[key] for row in rows]
+    series = Series(label, [row["step"] for row in rows], ys)
+    return (
+        f"<div class='panel tile'><p class='value'>{form.format(median(ys))}</p><p>{escape(label)}</p>"
+        f"{sparkline(series, top)}</div>"
+    )
+
+
+def whole_recipe(recipe: Recipe) -> str:
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+    return f"<h2>Recipe</h2><details><summary>all fields</summary><pre>{escape(text)}</pre></details>"
