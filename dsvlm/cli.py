@@ -32,6 +32,7 @@ def add_train(commands) -> None:
     )
     add_recipe(parser)
     parser.add_argument("--nproc", type=int, default=0, help="ranks to start on this machine (default: be one rank)")
+    parser.add_argument("--print-run-dir", action="store_true", help="print where the run will be written, and end")
     parser.set_defaults(run=train)
 
 
@@ -40,6 +41,9 @@ def train(args: argparse.Namespace) -> int:
     from dsvlm.train.launch import launch
 
     recipe = load_recipe(args.recipe, args.set)
+    if args.print_run_dir:
+        print(recipe.run_dir)
+        return 0
     if args.nproc:
         from dsvlm.train.build import plan_run
 
