@@ -49,7 +49,7 @@ def plan_run(recipe: Recipe) -> Planned:
         seed=recipe.seed, strategy=options.strategy, streams=streams, rounds=options.rounds, block=options.block,
         group=options.group, samples=options.samples, chunk=options.chunk,
     )  # fmt: skip
-    hashes = {name: manifest.hash for name, manifest in manifests.items()}
+    hashes = [manifest.hash for manifest in manifests.values()]
     identity = identity_bytes(schedule, recipe.identity_hash(), hashes)
     return Planned(recipe, manifests, schedule, Plan(schedule), identity)
 

@@ -25,7 +25,7 @@ def shape_of(parameter) -> torch.Size:
 def fragment(engine, parameter, key: str | None = None) -> tuple[int, Tensor] | None:
     """(start, values) of this rank's slice of the flat tensor; None when it owns nothing of it.
 
-    values: 1-D view where the engine keeps it on the device; write through `write_fragment`.
+    values: 1-D, detached; a view where the engine keeps it on the device: write through `write_fragment`.
     """
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -35,14 +35,14 @@ def fragment(engine, parameter, key: str | None = None) -> tuple[int, Tensor] | 
         )
         start = dist.get_rank() * values.numel()
         owned = max(0, min(values.numel(), parameter.ds_numel - start))  # the last ranks hold padding
-        return (start, values.view(-1)[:owned]) if owned else None
+        return (start, values.detach().view(-1)[:owned]) if owned else None
     if hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).view(-1)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach().view(-1)
     values = parameter.data if key is None else engine.optimizer.state[parameter][key]
-    return 0, values.view(-1)
+    return 0, values.detach().view(-1)
 
 
 def gather(engine, parameter, key: str | None = None) -> Tensor:

@@ -37,10 +37,10 @@ def run_window(engine, batches: Iterable[Batch], tasks: int, *, seed: int, step:
 
 def accumulate(engine, batches: Iterable[Batch], sums: "WindowSums", *, seed: int, step: int) -> None:
     """Forward and backward of every micro-step; the engine accumulates the gradients."""
-    for index, batch in enumerate(batches):
+    for batch in batches:
         batch = batch.to(engine.device)
-        # Equal on all ranks: dropout draws its nonces here and mixes them with each sample's own key.
-        torch.manual_seed(key64("micro-step", seed, step, index) % 2**63)
+        # The same in every micro-step of every rank: dropout draws its nonces here and mixes them with sample keys.
+        torch.manual_seed(key64("window", seed, step) % 2**63)
         with engine.module.keyed_dropout(batch):
             out = engine(batch)
             # The engine divides by the world size; a window's loss is a sum over all ranks.

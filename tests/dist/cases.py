@@ -1,0 +1,191 @@
+"""What the pools' ranks run: small trainings of the tiny recipe under one engine each."""
+
+import contextlib
+import gc
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dsvlm.train import build, checkpoint
+from dsvlm.train.engine import make_engine
+from dsvlm.train.ema import Ema
+from dsvlm.train.fragments import gather, trainable
+from dsvlm.train.guard import Guard
+from dsvlm.train.optim import lr_factor, set_lr
+from dsvlm.train.window import WindowSums, accumulate, target_weights
+
+
+class Tiny:
+    """A planned recipe with its model, on this rank."""
+
+    def __init__(self, recipe, double: bool):
+        self.recipe = recipe
+        self.planned = build.plan_run(recipe)
+        codec = build.make_tokenizer(self.planned)
+        self.model = build.make_model(recipe, codec)
+        if double:
+            self.model.double()
+        size = recipe.model.vision.config["image_size"]
+        self.loader = build.make_loader(self.planned, codec, size, dist.get_rank(), dist.get_world_size())
+
+    def batches(self, step: int):
+        """This rank's weighted batches of a window, with its counts summed over ranks."""
+        window = self.loader.window(step)
+        counts = torch.from_numpy(window.counts.copy())
+        dist.all_reduce(counts)
+        weights = [task.weight for task in self.recipe.tasks.values()]
+        weights = target_weights(
+            counts.numpy(), weights, build.head_indexes(self.recipe), self.recipe.schedule.normalise
+        )
+        return self.loader.batches(window, weights)
+
+    def window(self, engine, step: int) -> WindowSums:
+        sums = WindowSums(len(self.recipe.tasks), engine.device)
+        accumulate(engine, self.batches(step), sums, seed=self.recipe.seed, step=step)
+        return sums
+
+
+@contextlib.contextmanager
+def engine_of(tiny: Tiny, threshold: int = 0):
+    """An engine whose ZeRO-3 partitions every parameter (threshold 0), destroyed at the end."""
+    import dsvlm.train.engine as module
+
+    read = module.read_ds_config
+
+    def partition_all(recipe):
+        config = read(recipe)
+        if recipe.train.zero == 3:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+        return config
+
+    module.read_ds_config = partition_all
+    try:
+        engine = make_engine(tiny.model, tiny.recipe)
+    finally:
+        module.read_ds_config = read
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+        gc.collect()
+
+
+def gradient(recipe, step: int = 0) -> dict[str, np.ndarray]:
+    """The fp64 gradient of one window, as autograd hands it to the engine, summed over ranks and micro-steps."""
+    tiny = Tiny(recipe, double=True)
+    tiny.model.train()
+    with engine_of(tiny) as engine:
+        sums: dict[str, torch.Tensor] = {}
+        for name, parameter in trainable(engine):
+
+            def add(grad, name=name):
+                sums[name] = sums.get(name, 0.0) + grad.detach().clone()
+
+            parameter.register_hook(add)
+        tiny.window(engine, step)
+        names = [name for name, _ in trainable(engine)]
+        assert sorted(sums) == sorted(names), f"no gradient for {sorted(set(names) - set(sums))}"
+        total = {}
+        for name in names:
+            dist.all_reduce(sums[name])
+            total[name] = (sums[name] / dist.get_world_size()).numpy()
+        return total
+
+
+def weights_after(recipe, steps: int, drop_dummy: bool = False) -> dict[str, np.ndarray]:
+    """The fp32 weights after some updates, whole, from the engine's own reduced gradients."""
+    tiny = Tiny(recipe, double=False)
+    tiny.model.train()
+    if drop_dummy:
+        skip_vision_without_images(tiny.model)
+    with engine_of(tiny) as engine:
+        for step in range(steps):
+            set_lr(engine.optimizer, lr_factor(step, recipe.schedule.steps, recipe.optim))
+            tiny.window(engine, step)
+            engine.step()
+        return {name: gather(engine, p).detach().clone().numpy() for name, p in trainable(engine)}
+
+
+def skip_vision_without_images(model) -> None:
+    """What a model without the constant module signature does: no image, no tower and no connector."""
+    rows = model._rows
+
+    def without(pixels, image_row, tokens, lengths, flush_right=False):
+        if (image_row < 0).all():
+            from dsvlm.model.rows import assemble
+
+            text = model.get_input_embeddings()(tokens)
+            return assemble(text.new_zeros(1, 5, text.shape[-1]), image_row, text, lengths, flush_right=flush_right)
+        return rows(pixels, image_row, tokens, lengths, flush_right)
+
+    model._rows = without
+
+
+def save_and_read(recipe, directory: str, steps: int, then: int, other_zero: int) -> tuple[list, list]:
+    """Losses of updates steps..steps+then-1: gone straight on, and from the checkpoint in a new engine."""
+    straight, again = [], []
+    tiny = Tiny(recipe, double=False)
+    guard = Guard(60)
+    with engine_of(tiny) as engine:
+        ema = Ema(engine, 0.9)
+        for step in range(steps + then):
+            if step == steps:
+                state = checkpoint.RunState(steps, recipe.seed, "", 1, {})
+                path = checkpoint.save_checkpoint(engine, guard, ema, Path(directory), state, keep=1)
+            straight.append(update(tiny, engine, ema, step))
+        averages = {name: ema.gather(name, p).clone() for name, p in trainable(engine)}
+    from dataclasses import replace
+
+    from dsvlm.train.loop import create_optimizer_state
+
+    other = replace(recipe, train=replace(recipe.train, zero=other_zero))
+    tiny = Tiny(other, double=False)
+    checkpoint.load_weights(tiny.model, path)
+    with engine_of(tiny) as engine:
+        ema = Ema(engine, 0.9)
+        create_optimizer_state(engine, tiny.loader, other)
+        checkpoint.load_optimizer(engine, ema, path, steps)
+        again = [update(tiny, engine, ema, step) for step in range(steps, steps + then)]
+        difference = max(float((ema.gather(n, p) - averages[n]).abs().max()) for n, p in trainable(engine))
+    return straight[steps:], again, difference
+
+
+def update(tiny: Tiny, engine, ema, step: int) -> list[float]:
+    set_lr(engine.optimizer, lr_factor(step, tiny.recipe.schedule.steps, tiny.recipe.optim))
+    sums = tiny.window(engine, step)
+    engine.step()
+    ema.update(step)
+    total = sums.total.clone()
+    dist.all_reduce(total)
+    return total[0].tolist()
+
+
+def disagree(record: dict, other: dict, rank: int) -> str:
+    """The error that every rank gets when one of them holds another record."""
+    guard = Guard(20)
+    try:
+        guard.same(other if dist.get_rank() == rank else record)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def enter_window_error(rank: int) -> str:
+    """The error that every rank gets when one of them cannot read its share of a window."""
+    guard = Guard(20)
+    error = "task a: shard-000001.tar is gone" if dist.get_rank() == rank else None
+    try:
+        guard.enter_window({"step": 3, "plan": "x"}, np.zeros(2, np.int64), False, error)
+    except ValueError as caught:
+        return str(caught)
+    return ""
+
+
+def scratch() -> str:
+    """A directory that all ranks of this machine share."""
+    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

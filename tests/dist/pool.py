@@ -1,0 +1,77 @@
+"""Kept process groups: ranks start once per test session and then run case after case, so that a ZeRO case is cheap."""
+
+import faulthandler
+import importlib
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 180  # seconds a case may take before the ranks' stacks are printed and the pool is ended
+
+
+class Pool:
+    """`world_size` ranks with one process group, which DeepSpeed allows only once per process."""
+
+    def __init__(self, world_size: int):
+        context = mp.get_context("spawn")
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        self.inputs = [context.SimpleQueue() for _ in range(world_size)]
+        self.results = context.Queue()
+        self.processes = [
+            context.Process(target=work, args=(rank, world_size, port, self.inputs[rank], self.results), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, case: str, **arguments) -> list:
+        """Calls `tests.dist.cases.CASE(**arguments)` on every rank; the results in order of rank.
+
+        Raises AssertionError with the tracebacks of the ranks that failed.
+        """
+        for queue in self.inputs:
+            queue.put((case, arguments))
+        answers = dict(self.results.get(timeout=TIMEOUT) for _ in self.processes)
+        failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in sorted(failed.items()))
+        return [answers[rank][1] for rank in range(len(self.processes))]
+
+    def close(self) -> None:
+        for queue in self.inputs:
+            queue.put(None)
+        for process in self.processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+
+
+def work(rank: int, world_size: int, port: int, inputs, results) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from dsvlm.train.launch import find_ranks, init_distributed
+
+    torch.set_num_threads(1)
+    init_distributed(find_ranks(os.environ), 60)
+    cases = importlib.import_module("tests.dist.cases")
+    while (message := inputs.get()) is not None:
+        case, arguments = message
+        faulthandler.dump_traceback_later(TIMEOUT - 10)
+        try:
+            answer = (True, getattr(cases, case)(**arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
+        results.put((rank, answer))
+    os._exit(0)  # DeepSpeed leaves threads behind that would keep an idle rank alive

@@ -1,0 +1,42 @@
+"""Ranks that disagree, or of which one cannot go on, raise one error together, before any ZeRO collective."""
+
+import pytest
+from tests.dist.recipes import tiny
+
+from dsvlm.train.build import plan_run
+from dsvlm.train.loop import start_record
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"seed": 6}, "seed"),
+        ({"tasks__question__samples": 7}, "tasks.question.samples"),
+        ({"tasks__question__quota": 3}, "tasks.question.quota"),
+        ({"train__micro_batch": 3}, "train.micro_batch"),
+        ({"train__zero": 2}, "train.zero"),
+    ],
+)
+def test_field_is_named_on_all_ranks(pools, data_root, change, field):
+    record, other = (start_record(plan_run(tiny(data_root, **c))) for c in ({}, change))
+    messages = pools(3).run("disagree", record=record, other=other, rank=1)
+    assert len(set(messages)) == 1
+    assert field in messages[0] and "1" in messages[0]
+
+
+@pytest.mark.parametrize("field", ["manifest of task locate", "code version", "schedule version"])
+def test_manifest_and_versions(pools, data_root, field):
+    record = start_record(plan_run(tiny(data_root)))
+    assert field in record
+    messages = pools(2).run("disagree", record=record, other=record | {field: "another"}, rank=0)
+    assert len(set(messages)) == 1 and field in messages[0] and "another" in messages[0]
+
+
+def test_agreement_is_silent(pools, data_root):
+    record = start_record(plan_run(tiny(data_root)))
+    assert pools(2).run("disagree", record=record, other=record, rank=0) == ["", ""]
+
+
+def test_one_rank_cannot_read(pools):
+    messages = pools(2).run("enter_window_error", rank=1)
+    assert len(set(messages)) == 1 and "rank 1" in messages[0] and "shard-000001" in messages[0]
