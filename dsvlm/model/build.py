@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from dsvlm.model.backbone import Kind, build_decoder, check_decoder, check_settings, kind_of
-from dsvlm.model.backbone.attention import NAME, register
+from dsvlm.model.backbone.attention import register
 from dsvlm.model.freeze import apply_freezing
 from dsvlm.model.git import GitVlm, GitVlmConfig
 from dsvlm.model.lora import apply_lora
@@ -71,7 +71,7 @@ def _tower(config: VisionConfig) -> CLIPVisionModel:
     if config.pretrained is None:
         check_settings(CLIPVisionModel.config_class, config.config, "model.vision.config")
         return build_tower(config.config)
-    tower = load_pretrained(CLIPVisionModel, config.pretrained, NAME, unread=CLIP_UNREAD)
+    tower = load_pretrained(CLIPVisionModel, config.pretrained, "sdpa", unread=CLIP_UNREAD)
     check_tower(tower.config)
     return tower
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def apply_lora(model: nn.Module, settings: LoraSettings) -> None:
-    """Add adapters to the decoder in place and freeze the rest of it; other parts keep their state.
+    """Add adapters to the decoder in place and freeze the rest of it; the other parts train.
 
     settings.targets: regular expressions searched in the names of the decoder's linear layers
     (`decoder.model.layers.0.self_attn.q_proj`); one that finds nothing is a ValueError.
@@ -23,16 +23,13 @@ def apply_lora(model: nn.Module, settings: LoraSettings) -> None:
     # only the decoder's: a vision tower has layers of the same names
     linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n.startswith("decoder.")]
     targets = {name for pattern in settings.targets for name in matching(pattern, linear, "lora", "linear layer")}
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     config = LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=sorted(targets)
     )
     inject_adapter_in_model(config, model)
     del model.peft_config  # peft's note for its own saving; merged weights are what is saved here
     for name, parameter in model.named_parameters():
-        base = name.replace(".base_layer.", ".")
-        adapter = ".lora_" in name
-        parameter.requires_grad_(adapter or not (name.startswith("decoder.") or base in frozen))
+        parameter.requires_grad_(".lora_" in name or not name.startswith("decoder."))  # peft froze them all
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -18,6 +18,8 @@ class VisionEncoder(nn.Module):
     def __init__(self, tower: CLIPVisionModel, mean: list[float], std: list[float]):
         super().__init__()
         tower.post_layernorm = nn.Identity()  # feeds only the pooled output, which has no use here: never a gradient
+        # the dropout inside torch's attention cannot be keyed by sample, that of ours can
+        tower.config._attn_implementation = NAME if tower.config.attention_dropout > 0 else "sdpa"
         self.tower = tower
         self.mean, self.std = mean, std
 
@@ -41,7 +43,6 @@ def build_tower(settings: dict) -> CLIPVisionModel:
     """A tower with random weights from CLIPVisionConfig arguments; sizes that do not fit are a ValueError."""
     config = CLIPVisionConfig(**settings)
     check_tower(config)
-    config._attn_implementation = NAME
     return CLIPVisionModel(config)
 
 

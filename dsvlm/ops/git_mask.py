@@ -42,9 +42,7 @@ class GitMask:
         first = torch.ones_like(segment_ids, dtype=torch.bool)
         first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
         start = torch.where(first, position, 0).cummax(dim=1).values
-        # first[q + 1] closes the segment of q, so the end is the next start, found from the right
-        closes = first.roll(-1, dims=1)
-        closes[:, -1] = True
+        closes = first.roll(-1, dims=1)  # a segment ends where the next starts; the last takes first[0], always true
         end = torch.where(closes, position + 1, length).flip(1).cummin(dim=1).values.flip(1)
         seen = torch.nn.functional.pad((is_image & (segment_ids >= 0)).long().cumsum(dim=1), (1, 0))
         image_end = start + seen.gather(1, end) - seen.gather(1, start)
