@@ -70,8 +70,6 @@ def task_manifest(recipe: Recipe, name: str, shards: str) -> Manifest:
             f"task {name}: its shards in {directory} hold samples of type {manifest.type!r}, but tasks.{name}.type is "
             f"{task.type!r}{nearest(manifest.type, TASK_TYPES)}; change one of the two"
         )
-    if not manifest.samples:
-        raise ValueError(f"task {name}: its shards in {directory} hold no samples; convert again or remove the task")
     return manifest
 
 

@@ -1,0 +1,110 @@
+"""Labels: only the target, exactly one EOS, nothing of prompt, image or padding, also when pad and EOS are one token."""
+
+import pytest
+
+from dsvlm.data.encode import IGNORE, encode_sample, masked_sample
+from dsvlm.data.reader import BadSample
+from dsvlm.data.sample import Boxes, Image, Sample, Text
+from dsvlm.data.tokenizer import TextCodec, load_tokenizer, train_tokenizer
+
+WORDS = ["what colour is the circle?", "red", "blue", "where is the red square?", "a red circle, a blue square"] * 20
+SAMPLE = Sample((Image(), Text("what colour is the circle?"), Text("red", loss=True)))
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return train_tokenizer(WORDS, 48, 8)
+
+
+def test_decoder_targets_are_the_next_tokens_of_the_answer(codec):
+    row = encode_sample(SAMPLE, codec, 64, encoder_decoder=False)
+    assert len(row.tokens) == len(row.targets) and row.images == 1
+    learnt = [(i, t) for i, t in enumerate(row.targets) if t != IGNORE]
+    assert [t for _, t in learnt] == [row.tokens[i + 1] for i, _ in learnt[:-1]] + [codec.eos_id]
+    assert codec.decode([t for _, t in learnt]) == "red"
+    assert row.tokens.count(codec.eos_id) == 1 and row.tokens[-1] == codec.eos_id
+    assert row.tokens[0] == codec.bos_id and row.count == len(learnt)
+
+
+def test_pad_equal_to_eos_keeps_one_eos(codec):
+    codec.tokenizer.pad_token = codec.tokenizer.eos_token
+    try:
+        same = TextCodec(codec.tokenizer, 8)
+        assert same.pad_id == same.eos_id
+        row = encode_sample(SAMPLE, same, 64, encoder_decoder=False)
+        assert [t for t in row.targets if t != IGNORE].count(same.eos_id) == 1
+    finally:
+        codec.tokenizer.pad_token = "<pad>"
+
+
+def test_encoder_decoder(codec):
+    row = encode_sample(SAMPLE, codec, 64, encoder_decoder=True)
+    assert codec.decode(row.tokens) == "what colour is the circle?"
+    assert row.answer == [codec.pad_id, *row.targets[:-1]] and row.targets[-1] == codec.eos_id
+
+
+def test_boxes_are_location_tokens_in_prompt_and_target(codec):
+    box = Boxes(((0.1, 0.1, 0.9, 0.9),))
+    target = Boxes(((0.1, 0.1, 0.9, 0.9),), loss=True)
+    row = encode_sample(Sample((Text("where is"), box, target)), codec, 64, encoder_decoder=False)
+    ids = row.tokens[-5:-1]
+    assert all(i >= codec.first_location for i in ids) and row.tokens[-9:-5] == ids
+    assert [t for t in row.targets if t != IGNORE] == [*ids, codec.eos_id]
+
+
+@pytest.mark.parametrize(
+    "sample, limit, reason",
+    [
+        (Sample((Text("a prompt"),)), 64, "nothing to predict"),
+        (Sample((Text("red"), Text("", loss=True))), 64, "nothing to predict"),
+        (SAMPLE, 5, "max_length"),
+    ],
+)
+def test_samples_that_cannot_teach(codec, sample, limit, reason):
+    with pytest.raises(BadSample, match=reason):
+        encode_sample(sample, codec, limit, encoder_decoder=False)
+
+
+def test_head_samples_have_a_label_and_no_text_target(codec):
+    row = encode_sample(Sample((Image(), Text("red")), label=2), codec, 64, encoder_decoder=False)
+    assert row.label == 2 and row.count == 1 and set(row.targets) == {IGNORE}
+
+
+def test_masked_rows_have_no_target(codec):
+    assert masked_sample(codec, False).count == masked_sample(codec, True).count == 0
+
+
+def test_training_a_vocabulary_is_reproducible_and_survives_saving(codec, tmp_path):
+    again = train_tokenizer(WORDS, 48, 8)
+    assert again.hash() == codec.hash()
+    codec.save(tmp_path)
+    loaded = load_tokenizer(tmp_path, 8)
+    assert loaded.hash() == codec.hash() and (loaded.eos_id, loaded.pad_id) == (codec.eos_id, codec.pad_id)
+    assert load_tokenizer(tmp_path, 12).size == codec.size + 4
+
+
+def test_no_tokenizer_there(tmp_path):
+    with pytest.raises(ValueError, match="not a directory"):
+        load_tokenizer(tmp_path / "none", 8)
+
+
+def byte_level_codec():
+    """A vocabulary in the way of GPT-2 and OPT: bytes, the space kept with the word behind it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(WORDS, vocab_size=300, special_tokens=["<pad>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token="</s>", pad_token="</s>")
+    from dsvlm.data.tokenizer import add_locations
+
+    add_locations(tokenizer, 8)
+    return TextCodec(tokenizer, 8)
+
+
+def test_byte_level_targets_start_with_their_space():
+    codec = byte_level_codec()
+    assert codec.space == " "
+    row = encode_sample(SAMPLE, codec, 64, encoder_decoder=False)
+    whole = codec.tokenizer.encode("what colour is the circle? red", add_special_tokens=False)
+    assert row.tokens[1:-1] == whole

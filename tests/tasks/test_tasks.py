@@ -1,0 +1,75 @@
+"""Task types: templates are data, prompts and targets, parsing and scores with asymmetric fixtures."""
+
+import pytest
+
+from dsvlm.data.boxes import encode_box
+from dsvlm.data.sample import Boxes, Image, Text
+from dsvlm.tasks import TASK_TYPES
+
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+RECORDS = {
+    "caption": {"caption": "a red circle"},
+    "vqa": {"question": "what colour?", "answer": "red"},
+    "classify": {"box": list(LEFT), "name": "dog"},
+    "locate": {"name": "dog", "boxes": [list(LEFT), list(RIGHT)]},
+    "detect": {"objects": [{"name": "dog", "box": list(LEFT)}, {"name": "cat", "box": list(RIGHT)}]},
+    "pair": {"text": "a dog", "label": 1},
+}
+
+
+@pytest.mark.parametrize("name", TASK_TYPES)
+def test_question_is_the_sample_without_its_target(name):
+    kind = TASK_TYPES[name]()
+    sample = kind.sample(RECORDS[name])
+    question = kind.question(RECORDS[name])
+    assert isinstance(question[0], Image)
+    assert sample.segments[: len(question)] == question
+    assert not any(getattr(s, "loss", False) for s in question)
+    target = sample.segments[len(question) :]
+    assert all(s.loss for s in target)
+    assert bool(target) != (sample.label is not None)
+
+
+def test_templates_can_be_replaced_and_are_checked():
+    kind = TASK_TYPES["locate"]("find every {name} here")
+    assert kind.question({"name": "dog", "boxes": []})[1] == Text("find every dog here")
+    with pytest.raises(ValueError, match=r"no field \{nmae\}.*name"):
+        TASK_TYPES["locate"]("find {nmae}")
+    region = TASK_TYPES["classify"]().question(RECORDS["classify"])
+    assert region[1:] == (Text("what is in the region"), Boxes((LEFT,)), Text("?"))
+
+
+def test_a_perfect_answer_scores_one():
+    codes = [encode_box(box, 16) for box in (LEFT, RIGHT)]
+    answers = {
+        "caption": "a red circle", "vqa": "Red", "classify": "dog", "locate": "".join(codes),
+        "detect": f"dog{codes[0]} cat {codes[1]}", "pair": "1",
+    }  # fmt: skip
+    for name, answer in answers.items():
+        kind = TASK_TYPES[name]()
+        score = kind.score([answer], [RECORDS[name]], 16)
+        assert score[kind.metric] > 0.8, (name, score)
+        worse = kind.score([answer, "nonsense"], [RECORDS[name]] * 2, 16)
+        assert worse[kind.metric] < score[kind.metric], name
+
+
+def test_detection_counts_names_and_missed_objects():
+    kind, record = TASK_TYPES["detect"](), RECORDS["detect"]
+    left, right = encode_box(LEFT, 16), encode_box(RIGHT, 16)
+    assert kind.score([f"cat{left} dog{right}"], [record], 16)["f1"] == 0
+    assert kind.score([f"dog{left}"], [record], 16)["f1"] == pytest.approx(2 / 3)
+    assert kind.score([f"dog{left} dog{left} cat{right}"], [record], 16)["f1"] == pytest.approx(4 / 5)
+    assert kind.parse(f"dog{left} cat<loc_1>", 16) == [("dog", pytest.approx(kind.parse(f"dog{left}", 16)[0][1]))]
+
+
+def test_word_f1_is_not_symmetric_in_its_arguments_by_accident():
+    score = TASK_TYPES["caption"]().score(["red"], [{"caption": "a red circle"}], 16)
+    assert score["word_f1"] == pytest.approx(0.5) and score["exact"] == 0
+
+
+def test_chance_is_the_most_frequent_training_answer_to_the_same_question():
+    kind = TASK_TYPES["vqa"]()
+    train = [{"question": "q", "answer": a} for a in ("red", "red", "blue")] + [{"question": "p", "answer": "no"}]
+    test = [{"question": "q", "answer": "blue"}, {"question": "q", "answer": "red"}, {"question": "p", "answer": "no"},
+            {"question": "new", "answer": "red"}]  # fmt: skip
+    assert kind.chance(train, test) == 0.5

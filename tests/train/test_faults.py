@@ -1,0 +1,164 @@
+"""Bad input: a clear error before anything starts, or a masked sample in its place with a line in the journal."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tests.dist.recipes import tiny
+
+from dsvlm.data.convert.scenes import make_scenes
+from dsvlm.data.index import ShardIndex
+from dsvlm.data.shard import ShardWriter
+from dsvlm.train.build import make_loader, make_tokenizer, plan_run
+from dsvlm.train.rundir import prepare_run
+
+TASKS = {
+    "question": {"type": "vqa", "shards": "train/question", "samples": 6},
+    "locate": {"type": "locate", "shards": "train/locate", "samples": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    root = tmp_path_factory.mktemp("faults")
+    make_scenes(root, samples=12, val_samples=4, tasks=("question", "locate"))
+    return root
+
+
+@pytest.fixture
+def root(clean, tmp_path):
+    return shutil.copytree(clean, tmp_path / "data")
+
+
+def loader_of(root, rank=0, world_size=1, **changes):
+    planned = plan_run(tiny(root, tasks=TASKS, **changes))
+    return make_loader(planned, make_tokenizer(planned), 40, rank, world_size)
+
+
+def damage(root, task: str, row: int, extension: str) -> str:
+    """Flips a byte in the middle of one member; returns where."""
+    shard = root / f"train/{task}/shard-000000.tar"
+    index = ShardIndex(shard.with_suffix(".arrow"))
+    offset, size, _ = index.member(row, extension)
+    with shard.open("r+b") as file:
+        file.seek(offset + size // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 0xFF]))
+    return f"shard-000000.tar:{index.key(row)}"
+
+
+def epoch_of(loader, steps: int):
+    """All batches and journal lines of some windows."""
+    batches, journal = [], []
+    for step in range(steps):
+        window = loader.window(step)
+        batches += list(loader.batches(window, [1.0, 1.0]))
+        journal += loader.journal(window)
+    return batches, journal
+
+
+def test_damaged_samples_are_masked_in_place_and_journalled(clean, root):
+    """Everything else stays as it is: ids, shapes, order, targets, and the counts that normalise the window."""
+    bad = {damage(root, "question", 3, "png"), damage(root, "locate", 5, "json"), damage(root, "locate", 7, "png")}
+    (good_batches, none), (batches, journal) = epoch_of(loader_of(clean), 3), epoch_of(loader_of(root), 3)
+    assert not none and {entry["where"] for entry in journal} == bad
+    assert all(entry["reason"] and entry["task"] in TASKS for entry in journal)
+    assert sum(int((b.weight == 0).sum()) for b in batches) == len(journal)
+    for a, b in zip(good_batches, batches, strict=True):
+        live = b.weight > 0
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.task, b.task) and torch.equal(a.image_row, b.image_row)
+        width = min(a.tokens.shape[1], b.tokens.shape[1])
+        assert torch.equal(a.tokens[live][:, :width], b.tokens[live][:, :width])
+        assert torch.equal(a.pixels[live], b.pixels[live])
+        assert not b.pixels[~live].any() or b.lengths[~live].min() == 2  # black, or its record is what was damaged
+
+
+def test_an_image_that_fails_keeps_its_place_in_the_count(clean, root):
+    damage(root, "question", 3, "png")
+    for step in range(2):
+        assert np.array_equal(loader_of(clean).window(step).counts, loader_of(root).window(step).counts)
+
+
+def test_text_too_long_is_masked(root):
+    batches, journal = epoch_of(loader_of(root, text__max_length=12), 2)
+    assert journal and all("text.max_length (12)" in entry["reason"] for entry in journal)
+
+
+def test_record_of_another_type_is_masked(root):
+    shutil.rmtree(root / "train/locate")
+    with ShardWriter(root / "train/locate", "locate") as writer:
+        for i in range(4):
+            writer.write(f"k{i}", {"json": json.dumps({"nmae": i}).encode()})
+    planned = plan_run(tiny(root, tasks=TASKS))
+    loader = make_loader(planned, make_tokenizer(planned), 40, 0, 1)
+    window = loader.window(0)
+    assert [entry["task"] for entry in loader.journal(window)] == ["locate"] * 4
+    assert "does not fit the task" in loader.journal(window)[0]["reason"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_and_cache_change_nothing(root, workers):
+    damage(root, "question", 3, "png")
+    (plain, journal), (other, other_journal) = (
+        epoch_of(loader_of(root, **changes), 3)
+        for changes in ({"data__cache_mb": 0}, {"data__workers": workers, "data__cache_mb": 1})
+    )
+    assert journal == other_journal
+    for a, b in zip(plain, other, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True) if x is not None)
+
+
+def test_ranks_share_a_window_without_overlap(root):
+    whole = loader_of(root).window(0)
+    shares = [loader_of(root, rank, 3).window(0) for rank in range(3)]
+    assert len({len(share.units) for share in shares}) == 1
+    ids = sorted((d.task, d.ordinal) for share in shares for d in share.drafts)
+    assert ids == sorted((d.task, d.ordinal) for d in whole.drafts)
+    assert np.array_equal(sum(share.counts for share in shares), whole.counts)
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda root: (root / "train/locate/shard-000000.tar").unlink(), ["task locate", "shard-000000.tar"]),
+    (lambda root: truncate(root / "train/locate/shard-000000.tar"), ["task locate", "shard-000000.tar", "bytes"]),
+    (lambda root: shutil.rmtree(root / "train/locate"), ["task locate", "train/locate"]),
+    (lambda root: (root / "train/locate/shards.arrow").write_bytes(b"x"), ["task locate", "shards.arrow"]),
+    (lambda root: other_type(root / "train/locate"), ["task locate", "'vqa'", "tasks.locate.type"]),
+])  # fmt: skip
+def test_broken_shard_sets_are_one_error_before_the_start(root, break_it, words):
+    break_it(root)
+    with pytest.raises(ValueError) as error:
+        loader_of(root)
+    for word in words:
+        assert word in str(error.value)
+
+
+def truncate(path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def other_type(directory) -> None:
+    shutil.rmtree(directory)
+    shutil.copytree(directory.parent / "question", directory)
+
+
+def test_a_task_without_samples_is_refused_where_it_would_be_written(tmp_path):
+    with pytest.raises(ValueError, match="no sample"), ShardWriter(tmp_path / "empty", "locate"):
+        pass
+    assert not (tmp_path / "empty/manifest.json").exists()
+
+
+def test_a_run_is_not_gone_on_with_other_data_or_another_recipe(root, tmp_path):
+    output = str(tmp_path / "run")
+    prepare_run(plan_run(tiny(root, tasks=TASKS, output=output)))
+    prepare_run(plan_run(tiny(root, tasks=TASKS, output=output, train__micro_batch=5)))  # execution may change
+    with pytest.raises(ValueError, match="optim.lr: was 0.01, now 0.5"):
+        prepare_run(plan_run(tiny(root, tasks=TASKS, output=output, optim__lr=0.5)))
+    shutil.rmtree(root / "train")
+    make_scenes(root / "new", samples=14, val_samples=4, tasks=("question", "locate"))
+    shutil.move(root / "new/train", root / "train")
+    with pytest.raises(ValueError, match="manifest of task locate.*restore the data.root"):
+        prepare_run(plan_run(tiny(root, tasks=TASKS, output=output)))
