@@ -1,5 +1,7 @@
 """The model card: what the model was trained to do, how well it does it, and how to load it."""
 
+import json
+
 import yaml
 
 from dsvlm.config import Recipe, TaskConfig
@@ -23,13 +25,14 @@ def model_card(recipe: Recipe, step: int, weights: str, evaluated: dict | None, 
     """
     head = {"library_name": "dsvlm", "pipeline_tag": "image-text-to-text", "tags": sorted(task_tags(recipe))}
     kind = f"averaged (decay {recipe.optim.ema})" if weights == "ema" else "last"
-    prompt = next(iter(task_types(recipe).values())).prompt
+    prompts = [kind.prompt for kind in task_types(recipe).values()]
+    example = next((p for p in prompts if "{" not in p), prompts[0])
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {recipe.name}", "",
         f"A vision-language model (GIT: CLIP vision tower, projection, {recipe.model.decoder.kind} decoder) trained by "
-        f"[dsvlm](https://pypi.org/project/dsvlm) on {len(recipe.tasks)} task{'s' * (len(recipe.tasks) > 1)}. "
+        f"dsvlm on {len(recipe.tasks)} task{'s' * (len(recipe.tasks) > 1)}. "
         f"These are the {kind} weights after {step:,} updates.",
-        "", "## Use", "", USE.replace("PROMPT", repr(prompt)), "",
+        "", "## Use", "", USE.replace("PROMPT", json.dumps(example)), "",
         "Decoding is greedy. Prompts should read like the templates below: the model has seen no others.",
         "", "## Tasks", "", *task_table(recipe), "",
         f"Regions are written as four location tokens x0 y0 x1 y1, from `{location_tokens(recipe.text.bins)[0]}` to "

@@ -14,6 +14,7 @@ from dsvlm.eval.load import latest_checkpoint, load_run
 from dsvlm.export.card import model_card
 from dsvlm.export.processor import GitProcessor, ProcessorSettings
 from dsvlm.train.checkpoint import read_state
+from dsvlm.train.launch import use_cpu_without_gpu
 
 if TYPE_CHECKING:
     from dsvlm.model.git import GitVlm
@@ -33,6 +34,7 @@ def export_run(run_dir: str | Path, out: str | Path, ema: bool = False) -> Path:
         from dsvlm.model.lora import merge_lora
 
         merge_lora(model)
+    use_cpu_without_gpu()  # save_pretrained imports whatever could have wrapped the model, DeepSpeed among it
     model.cpu().save_pretrained(out)
     check_tensors(model, out)
     settings = processor_settings(recipe, model)

@@ -44,6 +44,12 @@ class GitProcessor:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> GitProcessor:
         """Reads an exported folder; ValueError when it is none."""
+        from transformers import AutoConfig
+
+        from dsvlm.model.git import GitVlmConfig
+
+        # loading a tokenizer, transformers looks at config.json beside it and warns of a model type it does not know
+        AutoConfig.register(GitVlmConfig.model_type, GitVlmConfig, exist_ok=True)
         path = Path(directory) / SETTINGS
         if not path.is_file():
             raise ValueError(f"{directory} holds no {SETTINGS}; give a folder that dsvlm export wrote")
