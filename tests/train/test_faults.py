@@ -32,9 +32,9 @@ def root(clean, tmp_path):
     return shutil.copytree(clean, tmp_path / "data")
 
 
-def loader_of(root, rank=0, world_size=1, **changes):
+def loader_of(root, rank=0, world_size=1, codec=None, **changes):
     planned = plan_run(tiny(root, tasks=TASKS, **changes))
-    return make_loader(planned, make_tokenizer(planned), 40, rank, world_size)
+    return make_loader(planned, codec or make_tokenizer(planned), 40, rank, world_size)
 
 
 def damage(root, task: str, row: int, extension: str) -> str:
@@ -63,7 +63,8 @@ def epoch_of(loader, steps: int):
 def test_damaged_samples_are_masked_in_place_and_journalled(clean, root):
     """Everything else stays as it is: ids, shapes, order, targets, and the counts that normalise the window."""
     bad = {damage(root, "question", 3, "png"), damage(root, "locate", 5, "json"), damage(root, "locate", 7, "png")}
-    (good_batches, none), (batches, journal) = epoch_of(loader_of(clean), 3), epoch_of(loader_of(root), 3)
+    loader = loader_of(clean)
+    (good_batches, none), (batches, journal) = epoch_of(loader, 3), epoch_of(loader_of(root, codec=loader.codec), 3)
     assert not none and {entry["where"] for entry in journal} == bad
     assert all(entry["reason"] and entry["task"] in TASKS for entry in journal)
     assert sum(int((b.weight == 0).sum()) for b in batches) == len(journal)
