@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,16 +94,19 @@ def build_shared_memory_op() -> None:
     """Builds DeepSpeed's gloo companion once per machine (about 40 s the first time).
 
     A build that was killed leaves a file `lock` behind, and every later start would wait for it for ever without a
-    word. Only one process builds here at a time, so a lock that is found is a stale one.
+    word. In our own directory only one process builds at a time, so a lock that is found is stale; in one that the
+    environment names, one of ten minutes is.
     """
+    stale_after = 600 if "TORCH_EXTENSIONS_DIR" in os.environ else 0
     base = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/dsvlm/torch_extensions")))
     base.mkdir(parents=True, exist_ok=True)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     with open(base / "dsvlm.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in base.glob("**/deepspeed_shm_comm/lock"):
-            stale.unlink()
+        for found in base.glob("**/deepspeed_shm_comm/lock"):
+            if time.time() - found.stat().st_mtime >= stale_after:
+                found.unlink()
         # ninja lies beside the interpreter, which need not be on the PATH
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         ShareMemCommBuilder().load(verbose=False)
