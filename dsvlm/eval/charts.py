@@ -45,7 +45,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, width: int 
 
     def y_of(y: float) -> float:
         if log:
-            share = math.log(max(y, low / 10) / low) / math.log(high / low)
+            share = math.log(max(y, low) / low) / math.log(high / low)
         else:
             share = (y - low) / (high - low)
         return TOP + plot_height * (1 - share)

@@ -72,7 +72,7 @@ def heading(recipe: Recipe, rows: list[dict], result: dict | None) -> str:
         "versions": ", ".join(f"{k} {v}" for k, v in (result["versions"] if result else versions()).items()),
     }
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
-    return f"<h1>{escape(recipe.name)}</h1>\n<p class='note'>One model, trained on all tasks.</p>\n<dl>{items}</dl>"
+    return f"<h1>{escape(recipe.name)}</h1>\n<p class='note'>Training report</p>\n<dl>{items}</dl>"
 
 
 def duration(seconds: float) -> str:

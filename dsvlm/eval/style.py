@@ -34,8 +34,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: .85rem; }
 th, td { padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--rule); vertical-align: middle; }
 td.number, th.number { text-align: right; }
-td.number + td:not(.number) { padding-left: .6rem; }
-.bar { position: relative; width: 170px; height: 10px; border-radius: 5px; background: var(--rule); }
+td:first-child, td.number { white-space: nowrap; }
+.bar { position: relative; width: 150px; height: 10px; border-radius: 5px; background: var(--rule); }
 .bar i { position: absolute; inset: 0 auto 0 0; border-radius: 5px; background: var(--c0); }
 .bar b { position: absolute; top: -4px; bottom: -4px; width: 3px; background: var(--ink);
   outline: 1px solid var(--panel); }

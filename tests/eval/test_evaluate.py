@@ -1,0 +1,92 @@
+"""The figures of an evaluation are those of its answers; damaged samples are counted, not scored."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+from dsvlm.cli import run
+from dsvlm.data.boxes import encode_box
+from dsvlm.data.manifest import load_manifest
+from dsvlm.data.reader import ShardReader
+from dsvlm.eval import evaluate as module
+from dsvlm.eval.evaluate import evaluate, render
+
+DAMAGED = 2
+
+
+def records(run_dir, split: str, task: str) -> list[dict]:
+    reader = ShardReader(load_manifest(run_dir.parent / "data" / split / task))
+    return [reader.record(i) for i in range(len(reader))]
+
+
+@pytest.fixture
+def result(run_dir) -> dict:
+    return evaluate(run_dir, samples=10)
+
+
+def test_files_hold_what_is_returned(run_dir, result):
+    assert json.loads((run_dir / "eval.json").read_text()) == result
+    rows = [json.loads(line) for line in (run_dir / "eval_samples.jsonl").read_text().splitlines()]
+    assert Counter(row["task"] for row in rows) == {"question": 9, "locate": 10, "pair": 10}
+    assert result["step"] == 3 and result["settings"]["image_size"] == 20
+    for name, task in result["tasks"].items():
+        scores = [row["score"] for row in rows if row["task"] == name]
+        assert task["metrics"][task["metric"]] == pytest.approx(sum(scores) / len(scores))
+
+
+def test_damaged_samples_are_left_out_and_counted(run_dir, result):
+    assert {name: (task["samples"], task["skipped"]) for name, task in result["tasks"].items()} == {
+        "question": (9, 1), "locate": (10, 0), "pair": (10, 0)
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (run_dir / "eval_samples.jsonl").read_text().splitlines()]
+    assert DAMAGED not in [row["sample"] for row in rows if row["task"] == "question"]
+    assert "skipped, damaged: question 1" in render(result)
+
+
+def test_true_answers_score_one(run_dir, monkeypatch):
+    def answer_truly(recipe, codec, model, name, samples, bar):
+        if name == "locate":
+            return ["".join(encode_box(box, 8) for box in s.record["boxes"]) for s in samples]
+        return [str(s.record["answer"] if name == "question" else s.record["label"]) for s in samples]
+
+    monkeypatch.setattr(module, "answer_task", answer_truly)
+    tasks = evaluate(run_dir)["tasks"]
+    assert tasks["question"]["metrics"]["exact"] == tasks["pair"]["metrics"]["accuracy"] == 1.0
+    assert 0.6 < tasks["locate"]["metrics"]["mean_iou"] < 1.0  # 8 bins per axis cost that much
+
+
+def test_chance_is_the_likeliest_training_label(run_dir, result):
+    likely = Counter(r["label"] for r in records(run_dir, "train", "pair")).most_common(1)[0][0]
+    shown = records(run_dir, "val", "pair")[:10]
+    assert result["tasks"]["pair"]["chance"] == sum(r["label"] == likely for r in shown) / 10
+    assert result["tasks"]["locate"]["chance"] is None
+
+
+def test_command_prints_json_or_a_table(run_dir, capsys):
+    assert run(["eval", str(run_dir), "--tasks", "pair", "--samples", "3", "--ema", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["tasks"]) == ["pair"] and result["weights"] == "ema" and result["tasks"]["pair"]["samples"] == 3
+    assert run(["eval", str(run_dir), "--tasks", "pair", "--samples", "3"]) == 0
+    head, row = capsys.readouterr().out.splitlines()[1:3]
+    assert head.split() == ["task", "type", "metric", "score", "chance", "samples"]
+    assert row.split()[:3] == ["pair", "pair", "accuracy"] and len(row.split()) == 6
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--tasks", "questoin"], "no task 'questoin' (did you mean 'question'?)"),
+    (["--samples", "0"], "--samples: 0 must be at least 1"),
+])  # fmt: skip
+def test_wrong_arguments_are_one_line(run_dir, capsys, arguments, message):
+    assert run(["eval", str(run_dir), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_missing_validation_set_is_named(run_dir, tmp_path, capsys):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(run_dir.parent / "data"), "nowhere"))
+    assert run(["eval", str(copy)]) == 2
+    assert "task question: no directory nowhere/val/question" in capsys.readouterr().err
