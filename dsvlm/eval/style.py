@@ -54,6 +54,8 @@ polyline { fill: none; stroke: var(--c); stroke-linejoin: round; }
 .raw { stroke-width: 1; opacity: .22; }
 .smooth { stroke-width: 2.2; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: .8rem; }
+.tile { display: flex; flex-direction: column; }
+.tile .chart { margin-top: auto; padding-top: .5rem; }
 .tile p { color: var(--soft); font-size: .85rem; margin: 0; }
 .tile .value { color: var(--ink); font-size: 1.5rem; line-height: 1.3; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); gap: .8rem; }
