@@ -1,0 +1,101 @@
+"""A checkpoint is there whole or not at all, wherever a kill strikes."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from dsvlm.train.checkpoint import (
+    RunState,
+    complete_checkpoints,
+    directory_of,
+    entry_of,
+    is_complete,
+    load_weights,
+    read_state,
+    read_tensors,
+    write_file,
+    write_tensors,
+)
+
+STATE = RunState(step=8, seed=1, identity="ab", schedule_version=1, manifests={"caption": "cd"}, bad=2, seen=64)
+
+
+def write_checkpoint(run_dir, step, complete=True):
+    """What two ranks write for a linear layer."""
+    directory = directory_of(run_dir, step)
+    directory.mkdir(parents=True)
+    write_file(directory / "state.json", json.dumps(asdict(STATE)).encode())
+    write_tensors(directory / "weights-00000-of-00002.safetensors", {"weight": torch.full((2, 3), float(step))})
+    write_tensors(directory / "weights-00001-of-00002.safetensors", {"bias": torch.arange(2.0)})
+    if complete:
+        files = {path.name: entry_of(path) for path in sorted(directory.iterdir())}
+        write_file(directory / "COMPLETE.json", json.dumps({"format": 1, "step": step, "files": files}).encode())
+    return directory
+
+
+def test_latest_complete_one_is_last(tmp_path):
+    assert complete_checkpoints(tmp_path) == []
+    written = [write_checkpoint(tmp_path, step) for step in (8, 24, 16, 100_000_000)]
+    assert complete_checkpoints(tmp_path) == [written[i] for i in (0, 2, 1, 3)]
+    assert read_state(written[0]) == STATE
+
+
+def test_killed_before_the_mark(tmp_path):
+    whole = write_checkpoint(tmp_path, 8)
+    write_checkpoint(tmp_path, 16, complete=False)
+    assert complete_checkpoints(tmp_path) == [whole]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, lambda path: path.unlink()], ids=["truncated", "empty", "gone"])
+@pytest.mark.parametrize("name", ["COMPLETE.json", "state.json", "weights-00001-of-00002.safetensors"])
+def test_files_that_are_not_whole(tmp_path, name, damage):
+    """As after a power cut, when names reach the disk before bytes."""
+    whole, broken = write_checkpoint(tmp_path, 8), write_checkpoint(tmp_path, 16)
+    assert is_complete(broken)
+    damage(broken / name)
+    assert complete_checkpoints(tmp_path) == [whole]
+
+
+def test_killed_while_old_ones_are_removed(tmp_path):
+    """The mark goes first: what is left of a removal counts for nothing."""
+    old, new = write_checkpoint(tmp_path, 8), write_checkpoint(tmp_path, 16)
+    (old / "COMPLETE.json").unlink()
+    assert complete_checkpoints(tmp_path) == [new]
+
+
+def test_changed_bytes_of_the_same_size_are_refused(tmp_path):
+    directory = write_checkpoint(tmp_path, 8)
+    path = directory / "weights-00000-of-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="weights-00000-of-00002.safetensors is not the file that was written"):
+        read_tensors(directory, "weights")
+
+
+def test_weights_of_all_ranks_are_read_into_a_model(tmp_path):
+    directory = write_checkpoint(tmp_path, 8)
+    model = torch.nn.Linear(3, 2)
+    load_weights(model, directory)
+    assert model.weight.eq(8).all()
+    assert model.bias.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="it holds no ema"):
+        read_tensors(directory, "ema")
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    directory = write_checkpoint(tmp_path, 8)
+    with pytest.raises(ValueError, match=r"has \['bias'\] too many"):
+        load_weights(torch.nn.Linear(3, 2, bias=False), directory)
+    with pytest.raises(ValueError, match=r"weight .*\[2, 3\], the model's \[2, 5\]"):
+        load_weights(torch.nn.Linear(5, 2), directory)

@@ -1,0 +1,91 @@
+"""Stop signals: noted, never lost, passed on through a file; the second Ctrl-C means now."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dsvlm.train.preempt import (
+    SIGNALS,
+    StopFlag,
+    clear_stop,
+    install_handlers,
+    mark_requeue,
+    request_stop,
+    stop_requested,
+)
+
+
+@pytest.fixture
+def handlers():
+    """Puts pytest's own handlers back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_is_noted(handlers, number, tmp_path):
+    flag = install_handlers()
+    assert not stop_requested(flag, tmp_path)
+    os.kill(os.getpid(), number)
+    assert flag.signal == number
+    assert stop_requested(flag, tmp_path)
+
+
+def test_installed_again_it_keeps_what_it_has_seen(handlers):
+    first = install_handlers()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert install_handlers() is first
+    assert first.signal == signal.SIGUSR1
+
+
+def test_second_interrupt_means_now(handlers):
+    install_handlers()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_second_warning_does_not_end_a_save(handlers):
+    install_handlers()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+
+
+def test_stop_file(tmp_path):
+    run_dir, flag = tmp_path / "run", StopFlag()
+    request_stop(run_dir)  # may come before the ranks have made the directory
+    assert stop_requested(flag, run_dir)
+    clear_stop(run_dir)
+    clear_stop(run_dir)
+    assert not stop_requested(flag, run_dir)
+
+
+def test_requeue_mark_names_the_job_and_goes_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    mark_requeue(tmp_path, wanted=True)
+    assert (tmp_path / "REQUEUE").read_text() == "17\n"
+    mark_requeue(tmp_path, wanted=False)
+    mark_requeue(tmp_path, wanted=False)
+    assert not (tmp_path / "REQUEUE").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--local_rank=1"]], ids=["alone", "deepspeed"])
+def test_program_listens_before_it_imports_anything_heavy(options):
+    """A signal that meets the program while it imports torch must not end it."""
+    code = (
+        "import signal, sys, dsvlm.cli\n"
+        "def run(arguments):\n"
+        "    assert 'torch' not in sys.modules\n"
+        "    signal.raise_signal(signal.SIGUSR1)\n"
+        "    return 0\n"
+        "dsvlm.cli.run = run\n"
+        "from dsvlm.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *options, "train", "quickstart"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
