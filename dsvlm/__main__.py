@@ -5,7 +5,7 @@ import sys
 
 def main() -> int:
     # A stop signal must find its handler even while torch is still being imported.
-    if len(sys.argv) > 1 and sys.argv[1] == "train":
+    if "train" in sys.argv[1:3]:
         from dsvlm.train.preempt import install_handlers
 
         install_handlers()
