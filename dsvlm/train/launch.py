@@ -146,6 +146,7 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
     if pending.signal is not None:
         request_stop(run_dir)  # it came before there was a rank to ask
     try:
-        return child.wait()
+        code = child.wait()
+        return code if code >= 0 else 128 - code  # as shells tell a death by signal
     finally:
         clear_stop(run_dir)
