@@ -74,8 +74,7 @@ def head_answers(
     classes = []
     with torch.inference_mode():
         for inputs in batches(model, codec, questions, Room.of(model), batch):
-            _, _, pooled = model._states(inputs)
-            classes += model.heads.logits(pooled, head).argmax(dim=-1).tolist()
+            classes += model.head_logits(inputs, head).argmax(dim=-1).tolist()
             if bar is not None:
                 bar.update(len(inputs.tokens))
     return [str(c) for c in classes]

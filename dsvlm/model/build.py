@@ -126,15 +126,20 @@ def set_sinusoidal_positions(model: GitVlm) -> None:
     side, half = math.isqrt(len(table) - 1), table.shape[1] // 2
     line = torch.arange(side)
     table.zero_()
-    table[1:, :half] = sinusoids(line.repeat_interleave(side), half)
-    table[1:, half:] = sinusoids(line.repeat(side), table.shape[1] - half)
+    table[1:, :half] = sinusoids(side, half)[line.repeat_interleave(side)]
+    table[1:, half:] = sinusoids(side, table.shape[1] - half)[line.repeat(side)]
     if model.decoder.config.model_type == "opt":
         table = model.decoder.model.decoder.embed_positions.weight
-        table.copy_(sinusoids(torch.arange(len(table)), table.shape[1]))
+        table.copy_(sinusoids(*table.shape))
 
 
-def sinusoids(position: Tensor, size: int) -> Tensor:
-    """[len(position), size]: sines, then cosines, of wavelengths 2 pi to 20000 pi, with standard deviation 1."""
-    frequency = 10000.0 ** (-torch.arange((size + 1) // 2) / ((size + 1) // 2))
-    angle = position[:, None] * frequency
+def sinusoids(length: int, size: int) -> Tensor:
+    """[length, size]: sines, then cosines, of root mean square 1, of wavelengths from 4 positions to 4 * length.
+
+    The longest wavelength follows the table's length: with that of long texts, a grid of few patches would share most
+    of its features.
+    """
+    count = (size + 1) // 2
+    wavelength = 4.0 * length ** (torch.arange(count) / max(1, count - 1))
+    angle = 2 * math.pi * torch.arange(length)[:, None] / wavelength
     return math.sqrt(2.0) * torch.cat((angle.sin(), angle.cos()), dim=1)[:, :size]

@@ -121,6 +121,11 @@ class GitVlm(PreTrainedModel):
         row = torch.arange(len(hidden), device=hidden.device)[:, None]
         return self.get_output_embeddings()(hidden[row, position])
 
+    def head_logits(self, batch: Batch, head: int) -> Tensor:
+        """[B, classes] logits of one head of the bank."""
+        with self.keyed_dropout(batch):
+            return self.heads.logits(self._states(batch)[2], head)
+
     @torch.no_grad()
     def generate(
         self, pixels: Tensor, image_row: Tensor, tokens: Tensor, lengths: Tensor, max_new_tokens: int, eos_id: int
