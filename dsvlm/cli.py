@@ -207,10 +207,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs one command; a user's mistake is one line on stderr and exit code 2."""
+    """Runs one command; a user's mistake, or a file that cannot be had, is one line on stderr and exit code 2."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"dsvlm: error: {error}", file=sys.stderr)
         return 2

@@ -16,9 +16,9 @@ RECIPES = Path(__file__).parent / "recipes"
 # Execution settings: they change how a run is computed, never what it computes. Everything else is the run's identity.
 EXECUTION = (
     "output", "data.root", "data.workers", "tasks.*.shards", "tasks.*.eval", "train.micro_batch", "train.zero",
-    "train.ds_config", "schedule.rounds", "train.save_every", "train.keep", "train.log_every", "train.timeout", "model.loss_chunk",
-    "model.gradient_checkpointing", "eval.samples", "eval.batch", "eval.max_new_tokens", "data.max_bad_share",
-    "data.cache_mb",
+    "train.ds_config", "train.save_every", "train.keep", "train.log_every", "train.timeout", "schedule.rounds",
+    "model.loss_chunk", "model.gradient_checkpointing", "eval.samples", "eval.batch", "eval.max_new_tokens",
+    "data.max_bad_share", "data.cache_mb",
 )  # fmt: skip
 
 

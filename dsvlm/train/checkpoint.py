@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -138,22 +139,23 @@ def read_state(directory: Path) -> RunState:
     return RunState(**json.loads((directory / "state.json").read_text()))
 
 
-def read_tensors(directory: Path, kind: str, verify: bool = True) -> dict[str, Tensor]:
-    """All tensors of one kind (`weights`, `ema`, `exp_avg`, `exp_avg_sq`), their files' checksums checked.
+def read_tensors(directory: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one kind (`weights`, `ema`, `exp_avg`, `exp_avg_sq`) one by one, their files' checksums checked.
 
     Raises ValueError naming the file that is missing or damaged.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     files = json.loads((directory / "COMPLETE.json").read_text())["files"]
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(n for n in files if n.startswith(f"{kind}-")):
-        if verify and entry_of(directory / name) != files[name]:
-            raise ValueError(f"checkpoint {directory}: {name} is not the file that was written; remove the checkpoint")
-        tensors |= load_file(directory / name)
-    if not tensors:
+    names = sorted(name for name in files if name.startswith(f"{kind}-"))
+    if not names:
         raise ValueError(f"checkpoint {directory}: it holds no {kind}")
-    return tensors
+    for name in names:
+        if entry_of(directory / name) != files[name]:
+            raise ValueError(f"checkpoint {directory}: {name} is not the file that was written; remove the checkpoint")
+        with safe_open(directory / name, framework="pt") as tensors:
+            for key in tensors.keys():
+                yield key, tensors.get_tensor(key)
 
 
 def load_weights(model, directory: Path, kind: str = "weights") -> None:
@@ -161,28 +163,26 @@ def load_weights(model, directory: Path, kind: str = "weights") -> None:
 
     Raises ValueError when names or shapes do not match exactly the model's trainable parameters.
     """
-    tensors = read_tensors(directory, kind)
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    missing, unused = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unused:
-        raise ValueError(
-            f"checkpoint {directory}: it lacks {missing[:3]} and has {unused[:3]} too many: it is of another model"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            found, wanted = list(tensors[name].shape), list(parameter.shape)
-            if found != wanted:
-                raise ValueError(f"checkpoint {directory}: {name} has the shape {found}, the model's {wanted}")
-            parameter.copy_(tensors[name])
+    missing = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in read_tensors(directory, kind):
+        if name not in missing:
+            raise ValueError(f"checkpoint {directory}: the model has no trainable {name}: it is of another model")
+        parameter = missing.pop(name)
+        if tensor.shape != parameter.shape:
+            found, wanted = list(tensor.shape), list(parameter.shape)
+            raise ValueError(f"checkpoint {directory}: {name} has the shape {found}, the model's {wanted}")
+        parameter.data.copy_(tensor)
+    if missing:
+        raise ValueError(f"checkpoint {directory}: it lacks {', '.join(sorted(missing)[:3])}: it is of another model")
 
 
 def load_optimizer(engine, ema, directory: Path, step: int) -> None:
     """Sets masters, moments and averages of an engine whose optimizer state exists already."""
+    parameters = dict(trainable(engine))
     for key in (None, *STATES):
-        tensors = read_tensors(directory, key or "weights")
-        for name, parameter in trainable(engine):
-            write_fragment(engine, parameter, tensors[name], key)
+        for name, tensor in read_tensors(directory, key or "weights"):
+            write_fragment(engine, parameters[name], tensor, key)
     set_update_count(engine, step)
     if ema is not None:
-        for name, tensor in read_tensors(directory, "ema").items():
+        for name, tensor in read_tensors(directory, "ema"):
             ema.load(name, tensor)

@@ -12,7 +12,7 @@ from dsvlm.train.checkpoint import read_tensors
 @pytest.mark.parametrize("kind", ["weights", "ema"])
 def test_the_weights_are_those_of_the_checkpoint(run_dir, kind):
     _, _, model = load_run(run_dir, kind)
-    saved = read_tensors(latest_checkpoint(run_dir), kind)
+    saved = dict(read_tensors(latest_checkpoint(run_dir), kind))
     parameters = dict(model.named_parameters())
     assert saved.keys() == parameters.keys() and not model.training
     for name, tensor in saved.items():
@@ -20,7 +20,7 @@ def test_the_weights_are_those_of_the_checkpoint(run_dir, kind):
 
 
 def test_averaged_weights_are_others(run_dir):
-    tensors = [read_tensors(latest_checkpoint(run_dir), kind) for kind in ("weights", "ema")]
+    tensors = [dict(read_tensors(latest_checkpoint(run_dir), kind)) for kind in ("weights", "ema")]
     assert not all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
