@@ -22,6 +22,12 @@ from dsvlm.train.checkpoint import (
 STATE = RunState(step=8, seed=1, identity="ab", schedule_version=1, manifests={"caption": "cd"}, bad=2, seen=64)
 
 
+class Scaled(torch.nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+
 def write_checkpoint(run_dir, step, complete=True):
     """What two ranks write for a linear layer."""
     directory = directory_of(run_dir, step)
@@ -95,7 +101,9 @@ def test_weights_of_all_ranks_are_read_into_a_model(tmp_path):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     directory = write_checkpoint(tmp_path, 8)
-    with pytest.raises(ValueError, match=r"has \['bias'\] too many"):
+    with pytest.raises(ValueError, match="no trainable bias"):
         load_weights(torch.nn.Linear(3, 2, bias=False), directory)
+    with pytest.raises(ValueError, match="it lacks scale"):
+        load_weights(Scaled(3, 2), directory)
     with pytest.raises(ValueError, match=r"weight .*\[2, 3\], the model's \[2, 5\]"):
         load_weights(torch.nn.Linear(5, 2), directory)
