@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-from tests.dist.recipes import DECODERS, RAW
 
 from dsvlm.config import RECIPES, apply_override, load_recipe, parse_recipe
+from tests.dist.recipes import DECODERS, RAW
 
 
 @pytest.fixture

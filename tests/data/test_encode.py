@@ -1,4 +1,4 @@
-"""Labels: only the target, exactly one EOS, nothing of prompt, image or padding, also when pad and EOS are one token."""
+"""Labels: only the target, exactly one EOS; no prompt, image or padding in the loss, also when pad is EOS."""
 
 import pytest
 

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tests.dist.recipes import tiny
 
 from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
 from dsvlm.train.rundir import prepare_run
+from tests.dist.recipes import tiny
 
 TASKS = {
     "question": {"type": "vqa", "shards": "train/question", "samples": 6},

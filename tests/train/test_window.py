@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tests.dist.recipes import tiny
 
 from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.train.build import make_loader, make_model, make_tokenizer, plan_run
 from dsvlm.train.window import target_weights
+from tests.dist.recipes import tiny
 
 TASKS = {
     "question": {"type": "vqa", "shards": "train/question", "samples": 5},
