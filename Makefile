@@ -41,7 +41,8 @@ quickstart: venv data/scenes  ## embedded data, a tiny model on 2 ranks with ZeR
 	@echo "the report: $(CURDIR)/runs/quickstart/report.html"
 
 data/scenes: | venv
-	$(BIN)/dsvlm data convert scenes --objects 2 --out data/scenes.part
+	rm -rf data/scenes.part
+	$(BIN)/dsvlm data convert scenes --out data/scenes.part
 	mv data/scenes.part data/scenes
 
 clean:  ## remove what the targets made, but keep data/ and runs/

@@ -5,7 +5,8 @@ import sys
 
 def main() -> int:
     # A stop signal must find its handler even while torch is still being imported.
-    if "train" in sys.argv[1:3]:
+    words = [argument for argument in sys.argv[1:] if not argument.startswith("-")]  # launchers put options first
+    if words[:1] == ["train"]:
         from dsvlm.train.preempt import install_handlers
 
         install_handlers()

@@ -1,17 +1,20 @@
 """The command line: one table of commands; what a command needs is imported when it runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsvlm import __version__
 
-EXAMPLES = """examples:
+EXAMPLES = """With DSVLM_TRACEBACK=1 in the environment an error shows where it was raised.
+
+examples:
   dsvlm train quickstart --nproc 2
   dsvlm plan quickstart --world-size 16 --steps 0:4
   dsvlm eval runs/quickstart --json
-  dsvlm generate runs/quickstart image.png "where is the red circle?"
+  dsvlm generate runs/quickstart image.png "where is the red square?"
   dsvlm export runs/quickstart out/
 """
 
@@ -44,10 +47,16 @@ def train(args: argparse.Namespace) -> int:
     if args.print_run_dir:
         print(recipe.run_dir)
         return 0
+    if args.nproc < 0:
+        raise ValueError(f"--nproc {args.nproc}: expected at least 1")
     if args.nproc:
         from dsvlm.train.build import plan_run
+        from dsvlm.train.engine import read_ds_config
+        from dsvlm.train.rundir import check_same_run
 
-        plan_run(recipe)  # what is wrong with the recipe or the shards is said once, before ranks start
+        # What is wrong with the recipe, the shards or the run directory is said once, before ranks start.
+        check_same_run(plan_run(recipe))
+        read_ds_config(recipe)
         arguments = ["train", args.recipe, *(part for override in args.set for part in ("--set", override))]
         return launch(arguments, args.nproc, recipe.run_dir)
     from dsvlm.train.loop import train
@@ -81,6 +90,8 @@ def plan(args: argparse.Namespace) -> int:
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise ValueError(f"--steps {args.steps}: expected A:B with A < B, for example 0:10")
     planned = plan_run(recipe)
+    if int(last) > recipe.schedule.steps:
+        raise ValueError(f"--steps {args.steps}: the recipe has {recipe.schedule.steps} steps (schedule.steps)")
     steps = range(int(first), int(last))
     rows = preview(
         planned.plan, planned.schedule, args.world_size, recipe.train.micro_batch, steps, planned.identity
@@ -128,7 +139,7 @@ def add_generate(commands) -> None:
         "generate",
         help="ask a run about an image",
         description="Prints the model's answer to a prompt, used as it is, and the boxes in the answer.",
-        epilog='example: dsvlm generate runs/quickstart image.png "where is the red circle?" --draw boxes.png',
+        epilog='example: dsvlm generate runs/quickstart image.png "where is the red square?" --draw boxes.png',
     )
     add_run(parser)
     parser.add_argument("image", metavar="IMAGE", type=Path, help="PNG, JPEG or WebP file")
@@ -211,6 +222,10 @@ def run(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:
+        return 0  # the reader, `head` for one, has seen enough
     except (ValueError, OSError) as error:
+        if "DSVLM_TRACEBACK" in os.environ:
+            raise
         print(f"dsvlm: error: {error}", file=sys.stderr)
         return 2

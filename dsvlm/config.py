@@ -25,9 +25,9 @@ EXECUTION = (
 @dataclass(frozen=True)
 class DataConfig:
     root: str = "data"  # directory that tasks' shard sets are relative to
-    workers: int = 0  # processes that decode images ahead, per rank
+    workers: int = 0  # threads per rank that read text and decode images ahead
     max_bad_share: float = 0.01  # bad samples among those seen; above it (and above 10 of them) all ranks stop
-    cache_mb: int = 256  # decoded images a process keeps, so that a small data set is decoded once
+    cache_mb: int = 256  # texts and images that a rank keeps, so that a small data set is read once
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     schedule: str = "cosine"  # cosine | linear | constant
     warmup: int = 0  # updates
-    floor: float = 0.0  # share of lr at the last update
+    floor: float = 0.0  # share of lr at the last update (cosine, linear)
     clip: float = 1.0  # gradient norm; 0 = no clipping
     ema: float = 0.0  # decay of averaged weights; 0 = none
     groups: tuple[GroupConfig, ...] = ()  # first match wins
@@ -126,7 +126,7 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2  # complete checkpoints
     log_every: int = 10
-    timeout: int = 60  # seconds a rank waits for the others' digest before it says who is missing
+    timeout: int = 60  # seconds a rank waits for the others at a window before it ends with an error
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import re
 
 from dsvlm.config import ModelConfig, Recipe, TaskConfig, nearest
 
+LARGEST = 1e6  # of a learning rate, a weight decay or a gradient norm: infinity and slips of the keyboard are above
 TASK_TYPES = ("caption", "vqa", "classify", "locate", "detect", "pair")
 
 
@@ -17,6 +18,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_task(name, task)
     check_schedule(recipe)
     check_model(recipe.model)
+    check_room(recipe)
     check_numbers(recipe)
     if recipe.text.tokenizer == "train" and recipe.model.decoder.pretrained:
         raise ValueError(
@@ -92,10 +94,7 @@ def check_model(model: ModelConfig) -> None:
         raise ValueError("model.positions: sinusoidal would overwrite a checkpoint's positions; use default")
     for path, patterns in (("freeze", model.freeze), ("train", model.train), ("lora.targets", lora_targets(model))):
         for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"model.{path}: {pattern!r} is not a regular expression: {error}") from None
+            check_pattern(f"model.{path}", pattern)
     if model.lora:
         at_least("model.lora.r", model.lora.r, 1)
         within("model.lora.dropout", model.lora.dropout, 0.0, 0.9)
@@ -113,6 +112,7 @@ def check_sizes(model: ModelConfig) -> None:
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
             if key not in vision:
                 raise ValueError(f"model.vision.config.{key}: missing; a new vision tower needs it")
+            positive_integer(f"model.vision.config.{key}", vision[key])
         if vision["image_size"] % vision["patch_size"]:
             raise ValueError(
                 f"model.vision.config.patch_size: {vision['patch_size']} does not divide "
@@ -124,9 +124,38 @@ def check_sizes(model: ModelConfig) -> None:
                 f"hidden_size {vision['hidden_size']}"
             )
     decoder = model.decoder.config
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"):
+        if key in decoder:
+            positive_integer(f"model.decoder.config.{key}", decoder[key])
     width, heads = decoder.get("hidden_size"), decoder.get("num_attention_heads")
     if width and heads and width % heads:
         raise ValueError(f"model.decoder.config.num_attention_heads: {heads} does not divide hidden_size {width}")
+
+
+def check_room(recipe: Recipe) -> None:
+    """Whether the longest row, one image and text.max_length tokens, has a position for each token."""
+    vision, decoder = recipe.model.vision.config, recipe.model.decoder
+    if decoder.kind != "opt" or decoder.pretrained or recipe.model.vision.pretrained:
+        return  # other positions have no table; a checkpoint's table is checked when it is read
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    room = decoder.config.get("max_position_embeddings", 2048)
+    if tokens + recipe.text.max_length > room:
+        raise ValueError(
+            f"text.max_length: {recipe.text.max_length} tokens after {tokens} image tokens are more than "
+            f"model.decoder.config.max_position_embeddings ({room}); raise the latter, or lower text.max_length"
+        )
+
+
+def positive_integer(path: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{path}: expected an integer of at least 1, found {value!r}")
+
+
+def check_pattern(path: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{path}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def check_numbers(recipe: Recipe) -> None:
@@ -134,6 +163,14 @@ def check_numbers(recipe: Recipe) -> None:
     one_of("optim.schedule", optim.schedule, ("cosine", "linear", "constant"))
     one_of("train.dtype", train.dtype, ("fp32", "bf16"))
     one_of("train.zero", train.zero, (0, 1, 2, 3))
+    if train.dtype == "bf16" and train.zero == 0:
+        raise ValueError("train.zero: 0 has no fp32 gradients for train.dtype bf16; use train.zero 1 or more")
+    for index, group in enumerate(optim.groups):
+        path = f"optim.groups[{index}]"
+        check_pattern(f"{path}.match", group.match)
+        for field in ("lr", "weight_decay"):
+            if getattr(group, field) is not None:
+                within(f"{path}.{field}", getattr(group, field), 0.0, LARGEST)
     if optim.warmup > recipe.schedule.steps:
         raise ValueError(
             f"optim.warmup: {optim.warmup} updates are more than schedule.steps ({recipe.schedule.steps}): "
@@ -146,8 +183,7 @@ def check_numbers(recipe: Recipe) -> None:
     within("optim.floor", optim.floor, 0.0, 1.0)
     within("optim.ema", optim.ema, 0.0, 0.999999)
     for path, value, least in (
-        ("optim.lr", optim.lr, 0.0), ("optim.warmup", optim.warmup, 0), ("optim.clip", optim.clip, 0.0),
-        ("optim.weight_decay", optim.weight_decay, 0.0), ("train.micro_batch", train.micro_batch, 1),
+        ("optim.warmup", optim.warmup, 0), ("train.micro_batch", train.micro_batch, 1),
         ("train.save_every", train.save_every, 1), ("train.keep", train.keep, 1), ("train.timeout", train.timeout, 1),
         ("train.log_every", train.log_every, 1), ("data.workers", recipe.data.workers, 0),
         ("data.cache_mb", recipe.data.cache_mb, 0), ("text.vocab_size", recipe.text.vocab_size, 32),
@@ -155,5 +191,8 @@ def check_numbers(recipe: Recipe) -> None:
         ("eval.batch", recipe.eval.batch, 1), ("eval.max_new_tokens", recipe.eval.max_new_tokens, 1),
     ):  # fmt: skip
         at_least(path, value, least)
+    for field in ("lr", "clip", "weight_decay"):
+        within(f"optim.{field}", getattr(optim, field), 0.0, LARGEST)
+    within("optim.eps", optim.eps, 1e-30, 1.0)
     within("text.bins", recipe.text.bins, 2, 4096)
     within("data.max_bad_share", recipe.data.max_bad_share, 0.0, 1.0)

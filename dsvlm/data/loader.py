@@ -24,7 +24,7 @@ class Source:
     """One task as the loader sees it.
 
     sample: record -> Sample, the task type's template; head: index in the bank, -1 = the vocabulary; images: whether
-    its samples have images; a text-only task's have none.
+    its samples have images (a text-only task's have none); classes: of the head.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Source:
     sample: Callable[[dict], Sample]
     head: int = -1
     images: bool = True
+    classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class Loader:
         try:
             made = source.sample(source.reader.record(sample))
             text = encode_sample(made, self.codec, self.config.max_length, self.config.encoder_decoder)
+            if text.label is not None and not 0 <= text.label < source.classes:
+                raise BadSample(f"label {text.label} is none of the task's {source.classes} classes (0 is the first)")
             if not source.images:
                 text = replace(text, images=0)
         except (KeyError, TypeError, ValueError) as error:
@@ -170,8 +173,9 @@ class Loader:
             return None
         try:
             return self.cache.get(("image", draft.task, draft.sample), lambda: decoded(reader, draft.sample, size))
-        except BadSample as error:
-            draft.reason = draft.reason or error.reason
+        except (BadSample, OSError, ValueError) as error:
+            # Nothing but a masked row will do here: the other ranks are in the middle of the window.
+            draft.reason = draft.reason or (error.reason if isinstance(error, BadSample) else str(error))
             return np.zeros((3, size, size), np.uint8)
 
     def key(self, draft: Draft) -> int:

@@ -39,6 +39,7 @@ class Planned:
 
 def plan_run(recipe: Recipe) -> Planned:
     """Reads the manifests and makes the plan; no sample is read."""
+    task_types(recipe)  # checks the prompts
     manifests = {name: task_manifest(recipe, name, task.shards) for name, task in recipe.tasks.items()}
     options = recipe.schedule
     streams = tuple(
@@ -121,7 +122,8 @@ def make_sources(planned: Planned) -> list[Source]:
     for (name, kind), head in zip(task_types(planned.recipe).items(), heads, strict=True):
         manifest = planned.manifests[name]
         images = any(map(is_image, manifest.members))
-        sources.append(Source(name, ShardReader(manifest), kind.sample, head, images))
+        classes = planned.recipe.tasks[name].classes
+        sources.append(Source(name, ShardReader(manifest), kind.sample, head, images, classes))
     return sources
 
 

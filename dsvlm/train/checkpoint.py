@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsvlm.train.fragments import STATES, gather, set_update_count, trainable, write_fragment
+from dsvlm.train.fragments import STATES, gather, set_update_count, shape_of, trainable, write_fragment
 
 FORMAT = 1
 
@@ -64,51 +64,69 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 def save_checkpoint(engine, guard, ema, run_dir: Path, state: RunState, keep: int) -> Path:
     """Writes the checkpoint of a step on all ranks and removes those beyond `keep`; collective."""
     directory = directory_of(run_dir, state.step)
-    rank, world_size = torch.distributed.get_rank(), engine.world_size
-    if rank == 0:
-        if directory.exists():
-            shutil.rmtree(directory)  # half a checkpoint of an earlier start
-        directory.mkdir(parents=True)
-        write_file(directory / "state.json", json.dumps(asdict(state), indent=1, sort_keys=True).encode())
-    guard.gather(None)  # nobody writes before the directory is there
-    written = {"state.json": entry_of(directory / "state.json")} if rank == 0 else {}
+    guard.first(begin, directory, state)
     kinds: dict = {"weights": lambda name, p: gather(engine, p)}
     kinds |= {key: lambda name, p, key=key: gather(engine, p, key) for key in STATES}
     if ema is not None:
         kinds["ema"] = ema.gather
+    written = {}
     for kind, whole in kinds.items():
-        mine: dict[str, Tensor] = {}
-        for index, (name, parameter) in enumerate(trainable(engine)):
-            tensor = whole(name, parameter)
-            assert tensor.numel() == parameter_numel(parameter), f"{name}: {tensor.shape} is not the whole parameter"
-            if index % world_size == rank:
-                mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        if mine:
-            path = directory / f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
-            write_tensors(path, mine)
-            written[path.name] = entry_of(path)
-    entries = guard.gather(written)
-    if rank == 0:
-        files = {name: entry for part in entries for name, entry in sorted(part.items())}
-        complete = {"format": FORMAT, "step": state.step, "files": files}
-        write_file(directory / "COMPLETE.json", json.dumps(complete, indent=1, sort_keys=True).encode())
-        for old in complete_checkpoints(run_dir)[:-keep]:
-            (old / "COMPLETE.json").unlink()  # first, so that an interrupted removal leaves no complete one
-            shutil.rmtree(old)
-    guard.gather(None)
+        mine = my_share(engine, whole)
+        written |= guard.together(write_tensors, directory, kind, mine)
+    parts = guard.gather(written)
+    guard.first(finish, directory, state, {name: entry for part in parts for name, entry in part.items()})
+    guard.first(remove_old, run_dir, keep)
     return directory
 
 
-def parameter_numel(parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
+def begin(directory: Path, state: RunState) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)  # half a checkpoint of an earlier start
+    directory.mkdir(parents=True)
+    write_file(directory / "state.json", json.dumps(asdict(state), indent=1, sort_keys=True).encode())
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def my_share(engine, whole) -> dict[str, Tensor]:
+    """Gathers every tensor on all ranks, one at a time, and keeps those that this rank writes; collective."""
+    rank, mine = torch.distributed.get_rank(), {}
+    by_size = sorted(trainable(engine), key=lambda item: -shape_of(item[1]).numel())  # so that shares are alike
+    for index, (name, parameter) in enumerate(by_size):
+        tensor = whole(name, parameter)
+        assert tensor.shape == shape_of(parameter), f"{name}: {tensor.shape} is not the whole parameter"
+        if index % engine.world_size == rank:
+            mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return mine
+
+
+def write_tensors(directory: Path, kind: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
+    """Writes this rank's file of one kind; its entry for COMPLETE.json, or none when it has no tensor."""
     from safetensors.torch import save_file
 
+    if not tensors:
+        return {}
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    path = directory / f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
     replace_durably(temporary, path)
+    return {path.name: entry_of(path)}
+
+
+def finish(directory: Path, state: RunState, files: dict[str, dict]) -> None:
+    files = files | {"state.json": entry_of(directory / "state.json")}
+    complete = {"format": FORMAT, "step": state.step, "files": files}
+    write_file(directory / "COMPLETE.json", json.dumps(complete, indent=1, sort_keys=True).encode())
+    if not is_complete(directory):
+        raise ValueError(f"checkpoint {directory}: files are missing; is output a directory that all nodes share?")
+
+
+def remove_old(run_dir: Path, keep: int) -> None:
+    """Removes complete checkpoints but for the newest `keep`, and the halves that interrupted saves have left."""
+    kept = complete_checkpoints(run_dir)[-keep:]
+    for old in sorted((run_dir / "checkpoints").glob("step_*")):
+        if old not in kept and old < kept[-1]:
+            (old / "COMPLETE.json").unlink(missing_ok=True)  # first: an interrupted removal leaves no complete one
+            shutil.rmtree(old)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -56,7 +56,6 @@ def gather(engine, parameter, key: str | None = None) -> Tensor:
 
 def join(piece: tuple[int, Tensor] | None, shape: torch.Size, device: torch.device) -> Tensor:
     """Puts all ranks' slices together; every element is owned by exactly one rank. Collective."""
-    # A dtype of its own for each rank's nothing: masters are fp32, or the model's fp64.
     whole = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
     if piece is not None:
         start, values = piece

@@ -14,22 +14,23 @@ import torch.distributed as dist
 import dsvlm
 from dsvlm.schedule.digest import compare
 
+PATIENCE = 1800  # seconds: what starts and checkpoints may take on the slowest rank
+
 
 class Guard:
-    """The ranks' own channel: a gloo group over all of them.
+    """The ranks' own channel: gloo groups over all of them.
 
-    timeout: seconds to wait for the slowest rank.
+    timeout: seconds to wait for the slowest rank at a window; for starts and checkpoints it is PATIENCE.
     """
 
     def __init__(self, timeout: int):
         self.timeout = timeout
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.quick = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout, PATIENCE)))
 
     def same(self, record: dict) -> None:
         """Raises ValueError on every rank, naming field, ranks and values, unless all ranks hold the same record."""
-        records: list = [None] * dist.get_world_size()
-        self.collective(dist.all_gather_object, records, record)
-        difference = compare(records)
+        difference = compare(self.gather(record))
         if difference:
             raise ValueError(f"the ranks do not hold the same run: {difference}")
 
@@ -83,21 +84,15 @@ class Guard:
     def gather(self, value) -> list:
         """One small Python value of every rank, on every rank."""
         values: list = [None] * dist.get_world_size()
-        self.collective(dist.all_gather_object, values, value)
+        self.collective(dist.all_gather_object, values, value, patient=True)
         return values
 
-    def from_first(self, value):
-        """Rank 0's value, on every rank."""
-        box = [value]
-        self.collective(dist.broadcast_object_list, box, src=0)
-        return box[0]
-
-    def collective(self, function, *arguments, **options) -> None:
+    def collective(self, function, *arguments, patient: bool = False, **options) -> None:
         try:
-            function(*arguments, group=self.group, **options)
+            function(*arguments, group=self.patient if patient else self.quick, **options)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {dist.get_rank()}: the other ranks did not answer within {self.timeout} s, or one ended; "
+                f"rank {dist.get_rank()}: the other ranks did not answer in time ({self.timeout} s), or one ended; "
                 f"its own message says why. If a rank only reads slowly, raise train.timeout ({error})"
             ) from error
 

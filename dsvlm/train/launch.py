@@ -6,13 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsvlm.train.preempt import SIGNALS, STOP_FILE, clear_stop, install_handlers, request_stop
 
+LAUNCHED = "DSVLM_LAUNCHED"  # set for ranks whose launching process watches over the STOP file
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -94,19 +94,18 @@ def build_shared_memory_op() -> None:
     """Builds DeepSpeed's gloo companion once per machine (about 40 s the first time).
 
     A build that was killed leaves a file `lock` behind, and every later start would wait for it for ever without a
-    word. In our own directory only one process builds at a time, so a lock that is found is stale; in one that the
-    environment names, one of ten minutes is.
+    word. In a directory of our own only one process builds at a time, so a lock that is found there is stale.
     """
-    stale_after = 600 if "TORCH_EXTENSIONS_DIR" in os.environ else 0
-    base = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/dsvlm/torch_extensions")))
+    base = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    base = base if base.name == "dsvlm" else base / "dsvlm"
     base.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(base)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     with open(base / "dsvlm.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for found in base.glob("**/deepspeed_shm_comm/lock"):
-            if time.time() - found.stat().st_mtime >= stale_after:
-                found.unlink()
+        for stale in base.glob("**/deepspeed_shm_comm/lock"):
+            stale.unlink()
         # ninja lies beside the interpreter, which need not be on the PATH
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         ShareMemCommBuilder().load(verbose=False)
@@ -130,6 +129,7 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc), "--master_addr", "127.0.0.1",
         "--master_port", str(free_port()), "--log_level", "error", "--module", "dsvlm", *arguments,
     ]  # fmt: skip
+    environ[LAUNCHED] = "1"
     pending = install_handlers()
     clear_stop(run_dir)
     # A session of its own: Ctrl-C then reaches this process alone, and the launcher cannot kill ranks that are saving.

@@ -15,12 +15,12 @@ from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, make_
 from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_checkpoint
 from dsvlm.train.engine import make_engine, read_ds_config
 from dsvlm.train.guard import Guard, code_version
-from dsvlm.train.launch import find_ranks, init_distributed
+from dsvlm.train.launch import LAUNCHED, find_ranks, init_distributed
 from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
 from dsvlm.train.rundir import lock_run, open_run, prepare_run
-from dsvlm.train.window import run_window, target_weights
+from dsvlm.train.window import WindowSums, run_window, target_weights
 
 BAD_BEFORE_STOP = 10  # masked samples that a share above data.max_bad_share must amount to
 
@@ -52,6 +52,8 @@ def train(recipe: Recipe) -> int:
     device = init_distributed(ranks, recipe.train.timeout)
     guard = Guard(recipe.train.timeout)
     lock = guard.first(lock_run, recipe.run_dir)
+    if LAUNCHED not in os.environ:
+        guard.first(clear_stop, recipe.run_dir)  # left by a start that was killed
     try:
         run = build_run(planned, guard, stop, device)
         try:
@@ -82,7 +84,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     loader = guard.together(make_loader, planned, codec, image_size, rank, world_size)
     state = RunState(0, recipe.seed, planned.identity.hex(), SCHEDULE_VERSION, manifest_record(planned.manifests))
     if checkpoint is not None:
-        state = resumed_state(checkpoint, state)
+        state = guard.together(resumed_state, checkpoint, state)
         guard.together(load_weights, model, checkpoint)
     engine = make_engine(model.to(device), recipe)
     ema = None
@@ -93,7 +95,9 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     if checkpoint is not None:
         create_optimizer_state(engine, loader, recipe)
         load_optimizer(engine, ema, checkpoint, state.step)
-    metrics = Metrics(recipe.run_dir, rank, state.step, recipe.schedule.steps, recipe.train.log_every)
+    metrics = guard.together(
+        Metrics, recipe.run_dir, rank, state.step, recipe.schedule.steps, recipe.train.log_every
+    )
     return Run(recipe, planned, guard, loader, engine, ema, metrics, stop, state)
 
 
@@ -111,7 +115,7 @@ def resumed_state(checkpoint: Path, fresh: RunState) -> RunState:
     from dsvlm.train.checkpoint import read_state
 
     saved = read_state(checkpoint)
-    assert saved.identity == fresh.identity, "open_run lets only the same run go on"
+    assert saved.identity == fresh.identity, "prepare_run lets only the same run go on"
     return replace(fresh, step=saved.step, bad=saved.bad, seen=saved.seen)
 
 
@@ -168,20 +172,20 @@ def train_step(run: Run) -> bool:
     )
     lr = set_lr(run.engine.optimizer, lr_factor(step, recipe.schedule.steps, recipe.optim))
     batches = clock.timed(run.loader.batches(window, weights))
-    slots = CountSlots(batches)
-    sums = run_window(run.engine, slots, len(recipe.tasks), seed=recipe.seed, step=step)
+    sums = run_window(run.engine, batches, len(recipe.tasks), seed=recipe.seed, step=step)
     if run.ema is not None:
         run.ema.update(step)
-    report(run, window, weights, sums, slots.count, {"lr": lr, "digest": plan_digest}, clock)
+    report(run, window, weights, sums, {"lr": lr, "digest": plan_digest}, clock)
     return False
 
 
-def report(run: Run, window: LoadedWindow, weights, sums, slots: int, row: dict, clock: "Clock") -> None:
+def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict, clock: "Clock") -> None:
     """Adds up the window over ranks, writes its line, journals masked samples; stops the run above their rate."""
     names = list(run.recipe.tasks)
     live = [draft for draft in window.drafts if not draft.reason]
-    total = run.guard.sum(np.concatenate([sums.ravel(), [clock.wait_share(), slots]]))
-    nll, targets, right, tokens = total[: sums.size].reshape(sums.shape)
+    mine = sums.numpy()
+    total = run.guard.sum(np.concatenate([mine.ravel(), [clock.wait_share(), sums.slots]]))
+    nll, targets, right, tokens = total[: mine.size].reshape(mine.shape)
     mine = [window_fingerprint(names, live), len(window.drafts) - len(live), len(window.drafts)]
     finger, bad, seen = run.guard.sum(np.array(mine, np.uint64).view(np.int64)).view(np.uint64).tolist()
     state = run.state = replace(run.state, step=window.step + 1, bad=run.state.bad + bad, seen=run.state.seen + seen)
@@ -216,18 +220,6 @@ def window_fingerprint(names: list[str], live: list[Draft]) -> int:
         if numbers:
             parts.append(fingerprint(name, *np.array(numbers, np.int64).T))
     return combine(parts)
-
-
-class CountSlots:
-    """Passes batches on and counts their text positions, padding included."""
-
-    def __init__(self, batches):
-        self.batches, self.count = batches, 0
-
-    def __iter__(self):
-        for batch in self.batches:
-            self.count += batch.tokens.numel()
-            yield batch
 
 
 class Clock:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from dsvlm.train.checkpoint import write_file
+
 
 class Metrics:
     """Writers of rank 0; every method does nothing on other ranks.
@@ -62,7 +64,7 @@ class Metrics:
 def reopen(path: Path, start: int):
     """Opens a file of JSON lines for appending after its lines of steps below `start`."""
     kept = [line for line in read_lines(path) if line["step"] < start]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return path.open("a")
 
 

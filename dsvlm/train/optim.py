@@ -9,7 +9,7 @@ from dsvlm.config import OptimConfig
 def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:
     """Share of the learning rate for update `step` (0-based): linear warm-up, then cosine, linear or constant.
 
-    The last update of a run of `steps` updates gets `optim.floor`.
+    With cosine and linear the last update of a run of `steps` updates gets `optim.floor`.
     """
     if step < optim.warmup:
         return (step + 1) / optim.warmup

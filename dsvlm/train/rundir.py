@@ -8,8 +8,9 @@ import yaml
 
 from dsvlm.config import Recipe, parse_recipe
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
+from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, make_tokenizer, manifest_record
-from dsvlm.train.checkpoint import complete_checkpoints, replace_durably, write_file
+from dsvlm.train.checkpoint import complete_checkpoints, write_file
 
 
 def lock_run(run_dir: Path):
@@ -21,11 +22,13 @@ def lock_run(run_dir: Path):
     lock = open(run_dir / ".lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.close()
         raise ValueError(
             f"output: another training is running in {run_dir}; wait for its end, or set output to another directory"
         ) from None
+    except OSError:
+        pass  # a file system without locks: nothing can be known about other trainings
     return lock
 
 
@@ -35,21 +38,36 @@ def prepare_run(planned: Planned) -> None:
     Raises ValueError naming each field that differs.
     """
     run_dir = planned.recipe.run_dir
-    identity = {"recipe": planned.recipe.identity(), "manifests": manifest_record(planned.manifests)}
-    path = run_dir / "run.json"
-    if path.exists():
-        refuse_another(run_dir, json.loads(path.read_text()), identity)
-        return
-    tokenizer = run_dir / "tokenizer"
-    make_tokenizer(planned).save(tokenizer)
+    check_same_run(planned)
+    if not (run_dir / "run.json").exists():
+        make_tokenizer(planned).save(run_dir / "tokenizer")
+    # At every start: execution settings, such as where shards lie and are evaluated, may have changed.
     write_file(run_dir / "recipe.yaml", yaml.safe_dump(planned.recipe.to_dict(), sort_keys=False).encode())
-    temporary = run_dir / "run.json.tmp"
-    temporary.write_text(json.dumps(identity, indent=1, sort_keys=True))
-    replace_durably(temporary, path)  # last: a directory without run.json is one that was never started
+    # Last: a directory without run.json is one that was never started.
+    write_file(run_dir / "run.json", json.dumps(identity_of(planned), indent=1, sort_keys=True).encode())
 
 
-def refuse_another(run_dir: Path, saved: dict, now: dict) -> None:
-    for kind, fix in (("recipe", "recipe or --set"), ("manifests", "data.root or the tasks' shards")):
+def identity_of(planned: Planned) -> dict:
+    """What run.json holds: all that makes a run this run."""
+    return {
+        "recipe": planned.recipe.identity(),
+        "manifests": manifest_record(planned.manifests),
+        "format": {"schedule": SCHEDULE_VERSION},
+    }
+
+
+def check_same_run(planned: Planned) -> None:
+    """Raises ValueError, naming each field that differs, when the run directory holds another run."""
+    run_dir, now = planned.recipe.run_dir, identity_of(planned)
+    if not (run_dir / "run.json").exists():
+        return
+    saved = json.loads((run_dir / "run.json").read_text())
+    remedies = {
+        "recipe": "recipe or --set",
+        "manifests": "data.root or the tasks' shards",
+        "format": "version of dsvlm that began it",
+    }
+    for kind, fix in remedies.items():
         changed = [key for key in sorted(saved[kind] | now[kind]) if saved[kind].get(key) != now[kind].get(key)]
         if changed:
             shown = "; ".join(f"{k}: was {saved[kind].get(k)!r}, now {now[kind].get(k)!r}" for k in changed[:5])

@@ -24,15 +24,15 @@ def target_weights(counts: np.ndarray, weights: Sequence[float], heads: Sequence
     return np.where(totals > 0, np.asarray(weights) / np.maximum(totals, 1), 0.0)
 
 
-def run_window(engine, batches: Iterable[Batch], tasks: int, *, seed: int, step: int) -> np.ndarray:
+def run_window(engine, batches: Iterable[Batch], tasks: int, *, seed: int, step: int) -> "WindowSums":
     """Runs all micro-steps of this rank's share of a window and takes the optimizer step.
 
     batches: one per micro-step, the same number on every rank, each weighted by `target_weights`.
-    Returns sums over this rank [4, tasks] float64: nll, targets, targets predicted right, text tokens.
     """
-    accumulate(engine, batches, sums := WindowSums(tasks, engine.device), seed=seed, step=step)
+    sums = WindowSums(tasks, engine.device)
+    accumulate(engine, batches, sums, seed=seed, step=step)
     engine.step()
-    return sums.numpy()
+    return sums
 
 
 def accumulate(engine, batches: Iterable[Batch], sums: "WindowSums", *, seed: int, step: int) -> None:
@@ -49,7 +49,10 @@ def accumulate(engine, batches: Iterable[Batch], sums: "WindowSums", *, seed: in
 
 
 class WindowSums:
-    """Sums per task over a window's micro-steps, kept on the device: no synchronisation before the optimizer step."""
+    """Sums per task over a window's micro-steps, kept on the device: no synchronisation before the optimizer step.
+
+    slots: text positions so far, padding included.
+    """
 
     def __init__(self, tasks: int, device: torch.device):
         self.total = torch.zeros(4, tasks, dtype=torch.float64, device=device)
@@ -62,4 +65,5 @@ class WindowSums:
         self.slots += batch.tokens.numel()
 
     def numpy(self) -> np.ndarray:
+        """[4, tasks] float64: nll, targets, targets predicted right, text tokens."""
         return self.total.cpu().numpy()

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from dsvlm.train.engine import make_engine
 from dsvlm.train.ema import Ema
 from dsvlm.train.fragments import gather, trainable
 from dsvlm.train.guard import Guard
+from dsvlm.train.loop import create_optimizer_state
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.window import WindowSums, accumulate, target_weights
 
@@ -124,33 +124,29 @@ def skip_vision_without_images(model) -> None:
     model._rows = without
 
 
-def save_and_read(recipe, directory: str, steps: int, then: int, other_zero: int) -> tuple[list, list]:
-    """Losses of updates steps..steps+then-1: gone straight on, and from the checkpoint in a new engine."""
-    straight, again = [], []
+def go_straight(recipe, directory: str, steps: int, then: int) -> tuple[str, list, dict]:
+    """Saves after some updates and goes on: the checkpoint, the later losses and the averaged weights at the end."""
     tiny = Tiny(recipe, double=False)
-    guard = Guard(60)
     with engine_of(tiny) as engine:
         ema = Ema(engine, 0.9)
-        for step in range(steps + then):
-            if step == steps:
-                state = checkpoint.RunState(steps, recipe.seed, "", 1, {})
-                path = checkpoint.save_checkpoint(engine, guard, ema, Path(directory), state, keep=1)
-            straight.append(update(tiny, engine, ema, step))
-        averages = {name: ema.gather(name, p).clone() for name, p in trainable(engine)}
-    from dataclasses import replace
+        for step in range(steps):
+            update(tiny, engine, ema, step)
+        state = checkpoint.RunState(steps, recipe.seed, "", 1, {})
+        path = checkpoint.save_checkpoint(engine, Guard(60), ema, Path(directory), state, keep=1)
+        losses = [update(tiny, engine, ema, step) for step in range(steps, steps + then)]
+        return str(path), losses, {name: ema.gather(name, p).clone().numpy() for name, p in trainable(engine)}
 
-    from dsvlm.train.loop import create_optimizer_state
 
-    other = replace(recipe, train=replace(recipe.train, zero=other_zero))
-    tiny = Tiny(other, double=False)
-    checkpoint.load_weights(tiny.model, path)
+def go_on(recipe, path: str, steps: int, then: int) -> tuple[list, dict]:
+    """The same later losses and averages, from the checkpoint in a new engine."""
+    tiny = Tiny(recipe, double=False)
+    checkpoint.load_weights(tiny.model, Path(path))
     with engine_of(tiny) as engine:
         ema = Ema(engine, 0.9)
-        create_optimizer_state(engine, tiny.loader, other)
-        checkpoint.load_optimizer(engine, ema, path, steps)
-        again = [update(tiny, engine, ema, step) for step in range(steps, steps + then)]
-        difference = max(float((ema.gather(n, p) - averages[n]).abs().max()) for n, p in trainable(engine))
-    return straight[steps:], again, difference
+        create_optimizer_state(engine, tiny.loader, recipe)
+        checkpoint.load_optimizer(engine, ema, Path(path), steps)
+        losses = [update(tiny, engine, ema, step) for step in range(steps, steps + then)]
+        return losses, {name: ema.gather(name, p).clone().numpy() for name, p in trainable(engine)}
 
 
 def update(tiny: Tiny, engine, ema, step: int) -> list[float]:
@@ -182,10 +178,3 @@ def enter_window_error(rank: int) -> str:
     except ValueError as caught:
         return str(caught)
     return ""
-
-
-def scratch() -> str:
-    """A directory that all ranks of this machine share."""
-    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

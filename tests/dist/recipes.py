@@ -29,6 +29,13 @@ RAW = {
     "train": {"micro_batch": 2, "zero": 0},
 }  # fmt: skip
 
+STRATEGIES = {
+    "accumulate": {},
+    "mixed": {"schedule__strategy": "mixed"},
+    "unified": {"schedule__strategy": "unified", "schedule__samples": 10},
+    "per_rank": {"schedule__strategy": "per_rank", "schedule__samples": 12, "schedule__chunk": 3},
+}
+
 
 def tiny(root, decoder: str = "opt", **changes) -> Recipe:
     """The recipe on the data at `root`; changes by dotted path with `__` for the dots: `train__zero=3`."""

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
@@ -163,3 +166,45 @@ def test_a_run_is_not_gone_on_with_other_data_or_another_recipe(root, tmp_path):
     shutil.move(root / "new/train", root / "train")
     with pytest.raises(ValueError, match="manifest of task locate.*restore the data.root"):
         prepare_run(plan_run(tiny(root, tasks=TASKS, output=output)))
+
+
+def test_a_label_that_no_head_knows_is_masked(root):
+    shutil.rmtree(root / "train/locate")
+    with ShardWriter(root / "train/locate", "pair") as writer:
+        for i in range(4):
+            writer.write(f"k{i}", {"json": json.dumps({"text": "red", "label": (0, 2, -100, 9)[i]}).encode()})
+    tasks = TASKS | {"locate": {"type": "pair", "shards": "train/locate", "samples": 4, "classes": 3}}
+    planned = plan_run(tiny(root, tasks=tasks))
+    loader = make_loader(planned, make_tokenizer(planned), 40, 0, 1)
+    window = loader.window(0)
+    assert window.counts[1] == 2
+    assert sorted(entry["reason"].split()[1] for entry in loader.journal(window)) == ["-100", "9"]
+
+
+def test_a_disk_error_in_the_middle_of_a_window_masks_the_sample(root, monkeypatch):
+    loader = loader_of(root)
+
+    def broken(sample):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(loader.sources[1].reader, "image", broken)
+    _, journal = epoch_of(loader, 1)
+    assert [entry["task"] for entry in journal] == ["locate"] * 4 and "Input/output" in journal[0]["reason"]
+
+
+def test_too_many_bad_samples_stop_all_ranks_with_one_message(root, tmp_path):
+    """On two real ranks: the journal names every masked sample, and the exit code says that something is wrong."""
+    bad = {damage(root, "question", row, "png") for row in range(11)}
+    recipe = tiny(root, tasks=TASKS, train__zero=3, schedule__steps=9, output=str(tmp_path / "run"))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [sys.executable, "-m", "dsvlm", "train", str(path), "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert "samples could not be used, more than data.max_bad_share (0.01)" in done.stderr
+    assert "Traceback" not in done.stderr
+    journal = [json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
+    assert len(journal) >= 10 and {entry["where"] for entry in journal} <= bad
+    masked = [json.loads(line)["masked"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum(masked) == len(journal)
+    assert list((tmp_path / "run/tensorboard").glob("events*"))

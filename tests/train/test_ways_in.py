@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from dsvlm.train.launch import free_port
 
@@ -73,3 +74,16 @@ def test_killed_rank_then_interrupted(tiny, uninterrupted):
 
     assert tiny.finish(tiny.start(deepspeed(tiny, output))) == 0, tiny.log()
     assert tiny.rows(output) == uninterrupted
+
+
+def test_one_rank_tells_the_same_training_as_two(tiny, uninterrupted):
+    """Other ranks, stage and micro-batch, with dropout: the same samples, and losses equal up to rounding."""
+    output = tiny.directory / "one"
+    settings = ["--set", "train.zero=0", "--set", "train.micro_batch=8"]
+    assert tiny.finish(tiny.start([sys.executable, "-m", "dsvlm", *tiny.train(output), *settings])) == 0, tiny.log()
+    for one, two in zip(tiny.rows(output), uninterrupted, strict=True):
+        for name in ("step", "digest", "fingerprint", "samples", "tokens", "targets", "lr"):
+            assert one[name] == two[name], name
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+        for task, loss in two["task_loss"].items():
+            assert one["task_loss"][task] == pytest.approx(loss, rel=1e-3)

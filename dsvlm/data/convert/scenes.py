@@ -10,7 +10,8 @@ from typing import NamedTuple
 from dsvlm.data.convert import choose_tasks
 
 CANVAS = 64                                           # scenes are laid out in units; --size only sets the pixels
-SHAPES = ("circle", "square", "triangle")
+# The first three differ within a patch of 10 pixels; circle, square and triangle take a small model longer to tell.
+SHAPES = ("square", "ring", "cross", "circle", "triangle")
 COLOURS = {"red": (226, 40, 40), "green": (40, 190, 60), "blue": (50, 90, 235), "yellow": (240, 215, 50),
            "purple": (165, 60, 200), "cyan": (60, 215, 225), "white": (240, 240, 240), "brown": (140, 85, 40)}
 BACKGROUND = (24, 24, 28)
@@ -65,19 +66,20 @@ class Draws:
         return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
 
-def make_scenes(out, *, size: int = 40, objects: int = 3, colours: int = 4, samples: int = 6000, val_samples: int = 400,
-                seed: int = 0, tasks=tuple(TASKS), shard_mb: float = 4, progress=None) -> dict:
+def make_scenes(out, *, size: int = 40, objects: int = 2, colours: int = 4, shapes: int = 3, samples: int = 12000,
+                val_samples: int = 400, seed: int = 0, tasks=tuple(TASKS), shard_mb: float = 4, progress=None) -> dict:
     """Write OUT/train/TASK and OUT/val/TASK as shard sets; a scene and its like are in train or in val, never in both.
 
-    size: pixels of the square image's side. objects: at most this many in a scene. samples, val_samples: per task.
+    size: pixels of the square image's side. objects: at most this many in a scene. colours, shapes: how many there are.
+    samples, val_samples: per task.
     progress: callable(iterable, desc=str) -> iterable.
     Returns {"train" | "val": {task: {"samples", "shards", "bytes", "hash"}}}.
     """
     from dsvlm.data.manifest import load_manifest
     from dsvlm.data.shard import ShardWriter, check_free
 
-    _check(size, objects, colours, tasks)
-    palette = tuple(COLOURS)[:colours]
+    _check(size, objects, colours, shapes, tasks)
+    palette = (tuple(COLOURS)[:colours], SHAPES[:shapes])
     work = [(split, task, number) for split, number in (("train", samples), ("val", val_samples)) if number
             for task in tasks]
     for split, task, _ in work:
@@ -85,7 +87,7 @@ def make_scenes(out, *, size: int = 40, objects: int = 3, colours: int = 4, samp
     report: dict = {}
     for split, task, number in work:
         options = {"generator": "scenes", "version": 1, "split": split, "task": task, "size": size,
-                   "objects": objects, "colours": colours, "seed": seed}
+                   "objects": objects, "colours": colours, "shapes": shapes, "seed": seed}
         directory = Path(out, split, task)
         numbers = range(number)
         with ShardWriter(directory, TASKS[task], options, int(shard_mb * 2**20)) as writer:
@@ -99,7 +101,10 @@ def make_scenes(out, *, size: int = 40, objects: int = 3, colours: int = 4, samp
 
 
 def draw_sample(seed: int, split: str, task: str, number: int, objects: int, palette) -> tuple[list[Item], dict]:
-    """Sample `number` of a task: the first drawn scene that belongs to the split and suits the task, and its record."""
+    """Sample `number` of a task: the first drawn scene that belongs to the split and suits the task, and its record.
+
+    palette: (colours, shapes) to choose from.
+    """
     draws = Draws("dsvlm-scenes-1", seed, split, task, number)
     least = 2 if task == "relation" else 1
     while True:
@@ -114,10 +119,10 @@ def draw_sample(seed: int, split: str, task: str, number: int, objects: int, pal
 
 def draw_scene(draws: Draws, count: int, objects: int, palette) -> list[Item] | None:
     """`count` objects that hardly overlap, from left to right; None when they found no room."""
-    scale = min(1.0, (3 / objects) ** 0.5)            # more objects, smaller objects
-    least, most = round(22 * scale), round(32 * scale)
+    scale = min(1.0, (2 / objects) ** 0.5)            # more objects, smaller objects
+    least, most = round(27 * scale), round(36 * scale)
     scene: list[Item] = []
-    names = zip(draws.choose(palette, count), draws.choose(SHAPES, count), strict=True)
+    names = zip(*(draws.choose(words, count) for words in palette), strict=True)
     for colour, shape in names:
         width = least + draws.below(most - least + 1)
         for _ in range(20):
@@ -171,6 +176,12 @@ def draw_png(scene: list[Item], size: int) -> bytes:
             draw.ellipse((x0, y0, x1, y1), fill=fill)
         elif item.shape == "square":
             draw.rectangle((x0, y0, x1, y1), fill=fill)
+        elif item.shape == "ring":
+            draw.ellipse((x0, y0, x1, y1), outline=fill, width=round((x1 - x0) / 4))
+        elif item.shape == "cross":
+            third = (x1 - x0) / 3
+            draw.rectangle((x0 + third, y0, x1 - third, y1), fill=fill)
+            draw.rectangle((x0, y0 + third, x1, y1 - third), fill=fill)
         else:
             draw.polygon([((x0 + x1) / 2, y0), (x1, y1), (x0, y1)], fill=fill)
     data = BytesIO()
@@ -183,9 +194,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write OUT/train/TASK and OUT/val/TASK to")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma separated (default: %(default)s)")
     parser.add_argument("--size", type=int, default=40, help="side of the images in pixels (default: 40)")
-    parser.add_argument("--objects", type=int, default=3, help="most objects in a scene (default: 3)")
+    parser.add_argument("--objects", type=int, default=2, help="most objects in a scene (default: 2)")
     parser.add_argument("--colours", type=int, default=4, help=f"1 to {len(COLOURS)} (default: 4)")
-    parser.add_argument("--samples", type=int, default=6000, help="training samples per task (default: 6000)")
+    parser.add_argument("--shapes", type=int, default=3, help=f"1 to {len(SHAPES)} (default: 3)")
+    parser.add_argument("--samples", type=int, default=12000, help="training samples per task (default: 12000)")
     parser.add_argument("--val-samples", type=int, default=400, help="validation samples per task (default: 400)")
     parser.add_argument("--shard-mb", type=float, default=4, help="size of a shard in MiB (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default: 0)")
@@ -193,8 +205,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, progress=None) -> dict:
     """Run `dsvlm data convert scenes`; returns the report."""
-    return make_scenes(args.out, size=args.size, objects=args.objects, colours=args.colours, samples=args.samples,
-                       val_samples=args.val_samples, seed=args.seed, shard_mb=args.shard_mb,
+    return make_scenes(args.out, size=args.size, objects=args.objects, colours=args.colours, shapes=args.shapes,
+                       samples=args.samples, val_samples=args.val_samples, seed=args.seed, shard_mb=args.shard_mb,
                        tasks=choose_tasks(args.tasks, tuple(TASKS)), progress=progress)
 
 
@@ -232,9 +244,9 @@ def _dump(record: dict) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
-def _check(size: int, objects: int, colours: int, tasks) -> None:
+def _check(size: int, objects: int, colours: int, shapes: int, tasks) -> None:
     for name, value, low, high in (("size", size, 16, 4096), ("objects", objects, 1, len(NUMBERS) - 1),
-                                   ("colours", colours, 1, len(COLOURS))):
+                                   ("colours", colours, 1, len(COLOURS)), ("shapes", shapes, 1, len(SHAPES))):
         if not low <= value <= high:
             raise ValueError(f"scenes: {name} = {value}: choose {low} to {high}")
     if "relation" in tasks and objects < 2:
