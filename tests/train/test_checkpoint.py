@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dsvlm.train.checkpoint import (
     RunState,
@@ -15,8 +16,8 @@ from dsvlm.train.checkpoint import (
     load_weights,
     read_state,
     read_tensors,
+    remove_old,
     write_file,
-    write_tensors,
 )
 
 STATE = RunState(step=8, seed=1, identity="ab", schedule_version=1, manifests={"caption": "cd"}, bad=2, seen=64)
@@ -33,8 +34,8 @@ def write_checkpoint(run_dir, step, complete=True):
     directory = directory_of(run_dir, step)
     directory.mkdir(parents=True)
     write_file(directory / "state.json", json.dumps(asdict(STATE)).encode())
-    write_tensors(directory / "weights-00000-of-00002.safetensors", {"weight": torch.full((2, 3), float(step))})
-    write_tensors(directory / "weights-00001-of-00002.safetensors", {"bias": torch.arange(2.0)})
+    save_file({"weight": torch.full((2, 3), float(step))}, directory / "weights-00000-of-00002.safetensors")
+    save_file({"bias": torch.arange(2.0)}, directory / "weights-00001-of-00002.safetensors")
     if complete:
         files = {path.name: entry_of(path) for path in sorted(directory.iterdir())}
         write_file(directory / "COMPLETE.json", json.dumps({"format": 1, "step": step, "files": files}).encode())
@@ -107,3 +108,12 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_weights(Scaled(3, 2), directory)
     with pytest.raises(ValueError, match=r"weight .*\[2, 3\], the model's \[2, 5\]"):
         load_weights(torch.nn.Linear(5, 2), directory)
+
+
+def test_old_checkpoints_and_halves_go_the_newest_stay(tmp_path):
+    for step in (8, 16, 24, 32):
+        write_checkpoint(tmp_path, step, complete=step != 16)
+    half = write_checkpoint(tmp_path, 40, complete=False)  # being written by somebody, or about to be overwritten
+    remove_old(tmp_path, keep=2)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000024", "step_00000032", half.name]
