@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from dsvlm.data.boxes import encode_box, location_tokens
 from dsvlm.data.sample import Boxes, Text
 
+LOCATIONS = re.compile(r"((?:<loc_\d+>\s*)+)")  # a run of location tokens
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0..3 of a trained vocabulary
 
 
@@ -24,6 +26,7 @@ class TextCodec:
         self.eos_id = tokenizer.eos_token_id
         self.bos_id = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.control = {self.bos_id, self.eos_id, self.pad_id} - {tokenizer.unk_token_id}
         self.size = len(tokenizer)
         self.first_location = tokenizer.convert_tokens_to_ids(location_tokens(bins)[0])
         # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself.
@@ -34,8 +37,12 @@ class TextCodec:
         if isinstance(segment, Boxes):
             text = "".join(encode_box(box, self.bins) for box in segment.boxes)
         else:
-            text = segment.text if first else self.space + segment.text
-        return self.tokenizer.encode(text, add_special_tokens=False)
+            glued = first or LOCATIONS.match(segment.text)  # as in a Boxes segment
+            text = segment.text if glued else self.space + segment.text
+        # A "</s>" that stands in the data is text, not the end of the sequence. Unigram vocabularies hold it as a piece
+        # like any other, and find it all the same: it is left out.
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return [i for i in ids if i not in self.control]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens dropped, location tokens kept."""
@@ -47,6 +54,15 @@ class TextCodec:
 
     def save(self, directory: Path) -> None:
         self.tokenizer.save_pretrained(directory)
+
+
+def prompt_segments(text: str) -> tuple[Text, ...]:
+    """A typed prompt as a template's segments, so that it has the ids of training: location tokens stand apart.
+
+    Spaces around and within a run of location tokens, and at the prompt's ends, are dropped.
+    """
+    parts = [part.strip() for part in LOCATIONS.split(text)]
+    return tuple(Text("".join(part.split()) if LOCATIONS.match(part) else part) for part in parts if part)
 
 
 def load_tokenizer(directory: str | Path, bins: int) -> TextCodec:

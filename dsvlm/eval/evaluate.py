@@ -15,16 +15,17 @@ import numpy as np
 from dsvlm import __version__
 from dsvlm.config import Recipe, nearest
 from dsvlm.data.boxes import encode_box
+from dsvlm.data.encode import encode_sample
 from dsvlm.data.manifest import check_files
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Boxes, Segment, Text
 from dsvlm.data.tokenizer import TextCodec
 from dsvlm.data.transforms import decode_image
-from dsvlm.eval.generate import answers, head_answers
+from dsvlm.eval.generate import Room, answers, encode_question, head_answers
 from dsvlm.eval.load import latest_checkpoint, load_run
 from dsvlm.tasks import TaskType
 from dsvlm.train.build import head_indexes, task_manifest, task_types
-from dsvlm.train.checkpoint import read_state, replace_durably
+from dsvlm.train.checkpoint import read_state, write_file
 
 if TYPE_CHECKING:
     from dsvlm.model.git import GitVlm
@@ -48,7 +49,7 @@ def evaluate(
     """Answers the first validation samples of each task and scores the answers; writes eval.json, eval_samples.jsonl.
 
     tasks: names, default all with a validation set; samples: per task, default the recipe's eval.samples.
-    Returns what eval.json holds. Damaged samples are left out and counted in `skipped`.
+    Returns what eval.json holds. Samples that cannot be asked or scored are left out and counted in `skipped`.
     """
     from tqdm import tqdm
 
@@ -63,7 +64,7 @@ def evaluate(
     for name in chosen:
         reader = validation_reader(recipe, name)
         kind = task_types(recipe)[name]
-        kept = read_samples(reader, kind, min(count, len(reader)), model.config.vision_settings["image_size"])
+        kept = read_samples(reader, kind, min(count, len(reader)), codec, model)
         with tqdm(total=len(kept), desc=name, unit="sample", file=sys.stderr, disable=not progress) as bar:
             texts = answer_task(recipe, codec, model, name, kept, bar)
         records = [sample.record for sample in kept]
@@ -77,8 +78,8 @@ def evaluate(
         "step": read_state(checkpoint).step, "weights": weights, "tasks": results,
         "settings": settings(recipe, model), "versions": versions(),
     }  # fmt: skip
-    write(run_dir / "eval_samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write(run_dir / "eval.json", json.dumps(result, indent=1) + "\n")
+    write_file(run_dir / "eval_samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_file(run_dir / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
@@ -104,17 +105,21 @@ def validation_reader(recipe: Recipe, name: str) -> ShardReader:
     return ShardReader(manifest)
 
 
-def read_samples(reader: ShardReader, kind: TaskType, count: int, image_size: int) -> list[Shown]:
-    """The usable ones among the first `count` samples."""
-    kept = []
+def read_samples(reader: ShardReader, kind: TaskType, count: int, codec: TextCodec, model: GitVlm) -> list[Shown]:
+    """The usable ones among the first `count` samples: those that training could use, with a prompt that fits."""
+    image_size, room, kept = model.config.vision_settings["image_size"], Room.of(model), []
     for number in range(count):
         try:
-            record, data = reader.record(number), reader.image(number)
-            segments = kind.question(record)
-            kind.target(record)
-            pixels = None if data is None else decode_image(data, image_size)
-        except (BadSample, KeyError, TypeError):
+            record, data = reader.record(number), reader.image(number)  # any other error is the whole shard set's
+        except BadSample:
             continue  # dsvlm data verify names it; here it is only counted
+        try:
+            segments = kind.question(record)
+            encode_question(codec, segments, room)
+            encode_sample(kind.sample(record), codec, sys.maxsize, room.encoder_decoder)
+            pixels = None if data is None else decode_image(data, image_size)
+        except (KeyError, TypeError, ValueError):
+            continue
         kept.append(Shown(number, record, segments, pixels))
     return kept
 
@@ -138,8 +143,12 @@ def chance(recipe: Recipe, name: str, kind: TaskType, records: Sequence[dict]) -
     for number in range(min(CHANCE_RECORDS, len(reader))):
         try:
             record = reader.record(number)
+        except BadSample:
+            continue
+        try:
             kind.sample(record)
-        except (BadSample, KeyError, TypeError):
+            kind.truth(record)
+        except (KeyError, TypeError, ValueError):
             continue
         train.append(record)
     return kind.chance(train, records) if train and records else None
@@ -182,12 +191,6 @@ def versions() -> dict[str, str]:
     return {"dsvlm": __version__, "python": platform.python_version()} | packages
 
 
-def write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    replace_durably(temporary, path)
-
-
 def render(result: dict) -> str:
     """The result as a plain table."""
     rows = [("task", "type", "metric", "score", "chance", "samples")]
@@ -199,5 +202,5 @@ def render(result: dict) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     skipped = {name: task["skipped"] for name, task in result["tasks"].items() if task["skipped"]}
-    notes = [f"skipped, damaged: {name} {count}" for name, count in skipped.items()]
+    notes = [f"skipped, not usable: {name} {count}" for name, count in skipped.items()]
     return "\n".join([f"step {result['step']}, {result['weights']}", *lines, *notes])

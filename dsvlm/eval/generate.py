@@ -14,10 +14,10 @@ import numpy as np
 
 from dsvlm.data.boxes import decode_boxes
 from dsvlm.data.collate import Batch, Row, collate
-from dsvlm.data.encode import encode_sample
+from dsvlm.data.encode import Encoded, encode_sample
 from dsvlm.data.reader import BadSample
-from dsvlm.data.sample import Box, Image, Sample, Segment, Text
-from dsvlm.data.tokenizer import TextCodec
+from dsvlm.data.sample import Box, Image, Sample, Segment
+from dsvlm.data.tokenizer import TextCodec, prompt_segments
 from dsvlm.data.transforms import decode_image
 
 if TYPE_CHECKING:
@@ -90,21 +90,23 @@ def batches(
 
 
 def question_batch(codec: TextCodec, questions: Sequence[Question], room: Room, image_size: int) -> Batch:
-    """The rows of training, cut off where the answer starts.
-
-    Raises ValueError when a prompt leaves no room for an answer.
-    """
-    limit = sys.maxsize if room.text is None else room.text - 1
-    rows = []
-    for segments, image in questions:
-        # A sample with a label is a prompt without a target: a question, for both kinds of decoder.
-        sample = Sample(tuple(segments), label=0)
-        try:
-            text = encode_sample(sample, codec, limit, room.encoder_decoder)
-        except BadSample:
-            raise ValueError(f"the prompt is longer than {limit} tokens, what the model has room for") from None
-        rows.append(Row(text, image, weight=0.0, key=0, task=0))
+    """Encoded questions and their images as rows; errors as in `encode_question`."""
+    rows = [
+        Row(encode_question(codec, segments, room), image, weight=0.0, key=0, task=0) for segments, image in questions
+    ]
     return collate(rows, image_size=image_size, pad_id=codec.pad_id)
+
+
+def encode_question(codec: TextCodec, segments: Sequence[Segment], room: Room) -> Encoded:
+    """The row of training, cut off where the answer starts.
+
+    Raises BadSample when the prompt leaves no room for an answer, ValueError when it holds a box without area.
+    """
+    # A sample with a label is a prompt without a target: a question, for both kinds of decoder.
+    text = encode_sample(Sample(tuple(segments), label=0), codec, sys.maxsize, room.encoder_decoder)
+    if room.text is not None and len(text.tokens) >= room.text:
+        raise BadSample(f"the prompt is longer than {room.text - 1} tokens, what the model has room for")
+    return text
 
 
 def until_eos(ids: Sequence[int], eos_id: int) -> list[int]:
@@ -113,7 +115,7 @@ def until_eos(ids: Sequence[int], eos_id: int) -> list[int]:
 
 
 def generate(run_dir: Path, image: Path, prompt: str, *, as_json: bool, draw: Path | None, ema: bool) -> int:
-    """The `generate` command: prints the answer to one prompt, used as it is, and the boxes in the answer."""
+    """The `generate` command: prints the answer to one prompt, put into no template, and its boxes in the answer."""
     from dsvlm.eval.load import load_run
 
     try:
@@ -125,7 +127,7 @@ def generate(run_dir: Path, image: Path, prompt: str, *, as_json: bool, draw: Pa
         pixels = decode_image(data, model.config.vision_settings["image_size"])
     except BadSample as error:
         raise ValueError(f"image {image}: {error.reason}") from None
-    question = ((Image(), Text(prompt)), pixels)
+    question = ((Image(), *prompt_segments(prompt)), pixels)
     [answer] = answers(model, codec, [question], recipe.eval.max_new_tokens, 1)
     boxes = decode_boxes(answer, codec.bins)
     size = image_size(data)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsvlm.data.boxes import decode_boxes
-from dsvlm.data.sample import Box, Image, Text
-from dsvlm.data.tokenizer import TextCodec, load_tokenizer
+from dsvlm.data.sample import Box, Image
+from dsvlm.data.tokenizer import TextCodec, load_tokenizer, prompt_segments
 from dsvlm.data.transforms import decode_image
 from dsvlm.eval.generate import Room, question_batch, until_eos
 
@@ -34,7 +34,7 @@ class ProcessorSettings:
 class GitProcessor:
     """Image and text in, tensors out; ids in, text and boxes out.
 
-        inputs = processor("photo.jpg", "where is the red circle?")
+        inputs = processor("photo.jpg", "where is the red square?")
         text = processor.decode(model.generate(**inputs)[0])
     """
 
@@ -73,7 +73,8 @@ class GitProcessor:
         settings = self.settings
         pixels = decode_image(encoded(image), settings.image_size)
         room = Room(settings.text_room, settings.encoder_decoder)
-        batch = question_batch(self.codec, [((Image(), Text(prompt)), pixels)], room, settings.image_size)
+        question = ((Image(), *prompt_segments(prompt)), pixels)
+        batch = question_batch(self.codec, [question], room, settings.image_size)
         limit = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         return {
             "pixels": batch.pixels, "image_row": batch.image_row, "tokens": batch.tokens, "lengths": batch.lengths,

@@ -5,7 +5,8 @@ import pytest
 from dsvlm.data.encode import IGNORE, encode_sample, masked_sample
 from dsvlm.data.reader import BadSample
 from dsvlm.data.sample import Boxes, Image, Sample, Text
-from dsvlm.data.tokenizer import TextCodec, load_tokenizer, train_tokenizer
+from dsvlm.data.tokenizer import TextCodec, add_locations, load_tokenizer, prompt_segments, train_tokenizer
+from dsvlm.tasks import TASK_TYPES
 
 WORDS = ["what colour is the circle?", "red", "blue", "where is the red square?", "a red circle, a blue square"] * 20
 SAMPLE = Sample((Image(), Text("what colour is the circle?"), Text("red", loss=True)))
@@ -96,8 +97,6 @@ def byte_level_codec():
     made = ByteLevelBPETokenizer()
     made.train_from_iterator(WORDS, vocab_size=300, special_tokens=["<pad>", "</s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token="</s>", pad_token="</s>")
-    from dsvlm.data.tokenizer import add_locations
-
     add_locations(tokenizer, 8)
     return TextCodec(tokenizer, 8)
 
@@ -108,3 +107,44 @@ def test_byte_level_targets_start_with_their_space():
     row = encode_sample(SAMPLE, codec, 64, encoder_decoder=False)
     whole = codec.tokenizer.encode("what colour is the circle? red", add_special_tokens=False)
     assert row.tokens[1:-1] == whole
+
+
+@pytest.fixture(params=["sentencepiece", "byte level"])
+def either(request, codec):
+    return codec if request.param == "sentencepiece" else byte_level_codec()
+
+
+def test_control_tokens_spelt_in_the_data_are_text(either):
+    for caption in ("a red </s> square <pad>", "<s>a</s>b", "red</s>"):
+        sample = Sample((Image(), Text("</s> red <pad>"), Text(caption, loss=True)))
+        row = encode_sample(sample, either, 128, encoder_decoder=False)
+        control = {either.bos_id, either.eos_id, either.pad_id}
+        assert row.tokens[0] == either.bos_id and row.tokens[-1] == either.eos_id
+        assert not control & set(row.tokens[1:-1])
+        targets = [t for t in row.targets if t != IGNORE]
+        assert targets[-1] == either.eos_id and not control & set(targets[:-1]) and len(targets) > 1
+
+
+def test_location_tokens_are_one_id_each(either):
+    wanted = [either.first_location + i for i in (0, 7, 3, 3)]
+    assert either.encode(Text("<loc_0><loc_7><loc_3><loc_3>"), first=False) == wanted
+    assert either.encode(Boxes(((0.05, 0.9, 0.4, 0.99),)), first=False)[:2] == wanted[:2]
+
+
+def ids_of(codec, segments) -> list[int]:
+    return encode_sample(Sample(tuple(segments), label=0), codec, 64, encoder_decoder=False).tokens
+
+
+@pytest.mark.parametrize("prompt, typed", [
+    ("what is in the region {box}?", "what is in the region <loc_0><loc_1><loc_5><loc_6>?"),
+    ("what is in the region {box}?", " what is in the region  <loc_0> <loc_1> <loc_5> <loc_6> ?"),
+    ("{box} is what?", "<loc_0><loc_1><loc_5><loc_6> is what?"),
+    ("is it red", "is it red"),
+])  # fmt: skip
+def test_a_typed_prompt_has_the_ids_of_the_template(either, prompt, typed):
+    asked = TASK_TYPES["classify"](prompt).question({"box": [0.01, 0.2, 0.7, 0.8]})
+    assert ids_of(either, prompt_segments(typed)) == ids_of(either, asked)
+
+
+def test_an_empty_prompt_has_no_segments():
+    assert prompt_segments("  ") == ()

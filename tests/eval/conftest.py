@@ -28,7 +28,7 @@ def write_pairs(source: Path, out: Path) -> None:
     with ShardWriter(out, "pair") as writer:
         for sample in range(len(reader)):
             record = reader.record(sample)
-            label = int(record["answer"] in ("circle", "square", "triangle"))
+            label = int(record["answer"] in ("square", "ring", "cross"))
             text = f'{{"label":{label},"text":"{record["question"]}"}}'
             writer.write(reader.key(sample), {"json": text.encode(), "png": reader.image(sample)})
 

@@ -10,8 +10,10 @@ from dsvlm.cli import run
 from dsvlm.data.boxes import encode_box
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import ShardReader
+from dsvlm.data.shard import ShardWriter
 from dsvlm.eval import evaluate as module
-from dsvlm.eval.evaluate import evaluate, render
+from dsvlm.eval.evaluate import evaluate, read_samples, render
+from dsvlm.tasks import TASK_TYPES
 
 DAMAGED = 2
 
@@ -42,7 +44,57 @@ def test_damaged_samples_are_left_out_and_counted(run_dir, result):
     }  # fmt: skip
     rows = [json.loads(line) for line in (run_dir / "eval_samples.jsonl").read_text().splitlines()]
     assert DAMAGED not in [row["sample"] for row in rows if row["task"] == "question"]
-    assert "skipped, damaged: question 1" in render(result)
+    assert "skipped, not usable: question 1" in render(result)
+
+
+def write_set(run_dir, out, task_type: str, records: list[dict]):
+    """A shard set of these records, all with the same image."""
+    image = ShardReader(load_manifest(run_dir.parent / "data/val/question")).image(0)
+    with ShardWriter(out, task_type) as writer:
+        for number, record in enumerate(records):
+            writer.write(f"record{number}", {"json": json.dumps(record).encode(), "png": image})
+    return ShardReader(load_manifest(out))
+
+
+BOX = [0.1, 0.1, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("task_type, good, bad", [
+    ("classify", {"name": "red", "box": BOX}, {"name": "red", "box": [0.1, 0.1, 0.1, 0.6]}),
+    ("classify", {"name": "red", "box": BOX}, {"name": "red", "box": [0.1, 0.1]}),
+    ("locate", {"name": "red", "boxes": [BOX]}, {"name": "red", "boxes": [[0.5, 0.1, 0.1, 0.6]]}),
+    ("locate", {"name": "red", "boxes": [BOX]}, {"name": "red", "boxes": []}),
+    ("vqa", {"question": "red?", "answer": "yes"}, {"question": "red " * 100, "answer": "yes"}),
+    ("vqa", {"question": "red?", "answer": "yes"}, {"question": "red?", "answer": 5}),
+    ("pair", {"text": "red", "label": 1}, {"text": "red", "label": "red"}),
+])  # fmt: skip
+def test_a_record_that_cannot_be_asked_or_scored_is_left_out(run_dir, loaded, tmp_path, task_type, good, bad):
+    _, codec, model = loaded
+    reader = write_set(run_dir, tmp_path, task_type, [good, bad, good])
+    kept = read_samples(reader, TASK_TYPES[task_type](), 3, codec, model)
+    assert [(sample.number, sample.record) for sample in kept] == [(0, good), (2, good)]
+
+
+def test_an_evaluation_with_such_records_ends_and_counts_them(run_dir, tmp_path):
+    good = {"question": "what shape is red?", "answer": "square"}
+    for split in ("train", "val"):
+        write_set(run_dir, tmp_path / split, "vqa", [{"question": "red " * 100, "answer": 5}, good, {"answer": "x"}])
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    recipe = (copy / "recipe.yaml").read_text()
+    for split in ("train", "val"):
+        assert f"{split}/question" in recipe
+        recipe = recipe.replace(f"{split}/question", str(tmp_path / split))
+    (copy / "recipe.yaml").write_text(recipe)
+    question = evaluate(copy, ["question"])["tasks"]["question"]
+    assert (question["samples"], question["skipped"], question["chance"]) == (1, 2, 1.0)
+
+
+def test_a_shard_set_that_cannot_be_read_is_no_skipped_sample(run_dir, loaded, tmp_path):
+    _, codec, model = loaded
+    reader = write_set(run_dir, tmp_path, "vqa", [{"question": "red?", "answer": "yes"}])
+    (tmp_path / "shard-000000.arrow").write_bytes(b"another")
+    with pytest.raises(ValueError, match="sha256"):
+        read_samples(reader, TASK_TYPES["vqa"](), 1, codec, model)
 
 
 def test_true_answers_score_one(run_dir, monkeypatch):

@@ -105,6 +105,16 @@ def test_command_prints_the_answer_and_its_boxes(run_dir, image, tmp_path, capsy
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (60, 50, 220, 130)
 
 
+def test_command_asks_about_a_region_as_training_does(run_dir, image, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(generate, "answers", lambda model, codec, questions, *_: asked.extend(questions) or ["red"])
+    assert run(["generate", str(run_dir), str(image), "what is in the region <loc_1><loc_2><loc_5><loc_6>?"]) == 0
+    [(segments, _)] = asked
+    assert segments == (
+        Image(), Text("what is in the region"), Text("<loc_1><loc_2><loc_5><loc_6>"), Text("?")
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("absent.png", None, "absent.png: No such file"), ("text.png", b"no image", "text.png: the image does not decode"),
 ])  # fmt: skip

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from dsvlm.config import parse_recipe
 from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.train.build import make_model, make_tokenizer, plan_run
-from dsvlm.train.checkpoint import RunState, directory_of, entry_of, write_file, write_tensors
+from dsvlm.train.checkpoint import RunState, directory_of, entry_of, write_file
 
 VISION = {"image_size": 20, "patch_size": 10, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
           "num_attention_heads": 2}  # fmt: skip
@@ -46,7 +47,7 @@ def make_run(root: Path, kind: str) -> Path:
         tensors = {
             name: torch.randn(p.shape, generator=generator) for name, p in trained.named_parameters() if p.requires_grad
         }
-        write_tensors(directory / f"{weights}-00000-of-00001.safetensors", tensors)
+        save_file(tensors, directory / f"{weights}-00000-of-00001.safetensors")
     write_file(directory / "state.json", json.dumps(asdict(RunState(7, 0, "", 1, {}))).encode())
     files = {path.name: entry_of(path) for path in directory.iterdir()}
     write_file(directory / "COMPLETE.json", json.dumps({"format": 1, "step": 7, "files": files}).encode())

@@ -11,8 +11,10 @@ import yaml
 from PIL import Image
 
 from dsvlm.cli import run
+from dsvlm.eval.generate import Room, question_batch
 from dsvlm.export import GitProcessor, GitVlm, export_run
 from dsvlm.export import hf as module
+from dsvlm.tasks import TASK_TYPES
 
 PROMPTS = ("where is the red circle?", "where is the blue square?", "where", "red triangle red triangle")
 
@@ -111,6 +113,15 @@ def test_processor_takes_paths_bytes_and_pictures_alike(folders, image):
     assert processor(image, PROMPTS[0], max_new_tokens=3)["max_new_tokens"] == 3
     # 48 positions less 5 image tokens less the prompt: fewer than the 100 tokens that the recipe asks for
     assert wanted["max_new_tokens"] == 43 - wanted["tokens"].shape[1]
+
+
+def test_processor_asks_about_a_region_as_training_does(folders, image):
+    processor = GitProcessor.from_pretrained(folders["opt", False])
+    asked = TASK_TYPES["classify"]().question({"box": [0.1, 0.3, 0.6, 0.9]})
+    room = Room(processor.settings.text_room, False)
+    wanted = question_batch(processor.codec, [(asked, np.zeros((3, 20, 20), np.uint8))], room, 20)
+    inputs = processor(image, "what is in the region <loc_0><loc_1><loc_2><loc_3>?")
+    assert torch.equal(inputs["tokens"], wanted.tokens)
 
 
 def test_processor_is_the_same_after_saving(folders, image, tmp_path):
