@@ -32,7 +32,10 @@ def smooth(ys: Sequence[float]) -> list[float]:
 
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str, width: int = 860, height: int = 340) -> str:
-    """Smoothed lines over the raw ones, with axes and labels; the y axis is logarithmic when values span much."""
+    """Smoothed lines over the raw ones, with axes and labels; the y axis is logarithmic when values span much.
+
+    series: at least one that holds a point; all values finite.
+    """
     lines = [(s, smooth(s.ys)) for s in series if len(s.ys)]
     low, high = y_range([y for s, _ in lines for y in s.ys], [y for _, ys in lines for y in ys])
     log = low > 0 and high / low > 20

@@ -11,10 +11,10 @@ import yaml
 
 from dsvlm.config import Recipe
 from dsvlm.eval.charts import Series, legend, line_chart, sparkline
-from dsvlm.eval.evaluate import versions, write
+from dsvlm.eval.evaluate import versions
 from dsvlm.eval.gallery import CARDS, gallery
 from dsvlm.eval.style import stylesheet
-from dsvlm.train.checkpoint import complete_checkpoints
+from dsvlm.train.checkpoint import complete_checkpoints, write_file
 from dsvlm.train.metrics import read_lines
 from dsvlm.train.rundir import read_recipe
 
@@ -39,7 +39,7 @@ def write_report(run_dir: Path) -> Path:
         whole_recipe(recipe),
     ]
     path = run_dir / "report.html"
-    write(path, page(f"{recipe.name}: training report", sections))
+    write_file(path, page(f"{recipe.name}: training report", sections).encode())
     return path
 
 
@@ -115,7 +115,7 @@ def result_row(name: str, task: dict) -> str:
     score, chance = task["metrics"][task["metric"]], task["chance"]
     mark = "" if chance is None else f'<b style="left:calc({100 * chance:.1f}% - 1px)"></b>'
     also = ", ".join(f"{words(k)} {v:.3f}" for k, v in task["metrics"].items() if k != task["metric"])
-    samples = f"{task['samples']:,}" + (f" ({task['skipped']} damaged)" if task["skipped"] else "")
+    samples = f"{task['samples']:,}" + (f" ({task['skipped']} skipped)" if task["skipped"] else "")
     return (
         f"<tr><td><strong>{escape(name)}</strong></td><td>{escape(words(task['metric']))}</td>"
         f"<td class='number'>{score:.3f}</td>"
@@ -132,10 +132,13 @@ def words(metric: str) -> str:
 def curves(recipe: Recipe, rows: list[dict]) -> str:
     series = []
     for name in recipe.tasks:
-        points = [(row["step"], row["task_loss"].get(name, math.nan)) for row in rows]
-        points = [(x, y) for x, y in points if math.isfinite(y)]  # a task may be absent from a window, or have diverged
+        points = [(row["step"], row["task_loss"].get(name)) for row in rows]
+        # a task may be absent from a window, or have diverged
+        points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
         if points:
             series.append(Series(name, [x for x, _ in points], [y for _, y in points]))
+    if not series:
+        return "<h2>Training loss per task</h2><p class='note'>No update has a finite loss: the run has diverged.</p>"
     return (
         "<h2>Training loss per task</h2><p class='note'>Mean cross-entropy per target token, in nats: smoothed lines "
         f"over the values of single updates.</p>{legend([s.name for s in series])}"

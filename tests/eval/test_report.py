@@ -103,6 +103,17 @@ def test_a_diverged_task_leaves_the_others_a_curve(copy):
     assert Page(write_report(copy).read_text()).count("polyline", "smooth") == 2 + 4
 
 
+@pytest.mark.parametrize("loss", [math.nan, None])
+def test_a_run_of_which_every_loss_is_lost_has_a_report(copy, loss):
+    path = copy / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["task_loss"] = dict.fromkeys(row["task_loss"], loss)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(copy).read_text())
+    assert page.count("polyline", "smooth") == 4 and "No update has a finite loss" in " ".join(page.text)
+
+
 def test_verdicts():
     assert verdict("exact", 1.0)[0] == "right" and verdict("exact", 0.0)[0] == "wrong"
     assert verdict("mean_iou", 0.5) == ("right", "&#10003; right, IoU 0.50")
