@@ -16,7 +16,10 @@ SOURCES = {
 
 def add_data_parser(subparsers) -> None:
     """Add `data` and its subcommands; each sets `run`: function(args) -> exit code."""
-    parser = subparsers.add_parser("data", help="make, index and check shards")
+    parser = subparsers.add_parser(
+        "data", help="make, index and check shards", formatter_class=_EXAMPLE,
+        description="Makes shards of datasets, indexes those of other tools, checks and describes them. Needs no GPU.",
+        epilog="examples:\n  %(prog)s convert scenes --out data/scenes\n  %(prog)s verify data/scenes/train/caption")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (add, text) in _COMMANDS.items():
         add(commands.add_parser(name, help=text, description=text, formatter_class=_EXAMPLE))

@@ -11,6 +11,7 @@ import pyarrow.ipc
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARDS = "shards.arrow"
+SHOWN = 12                        # shard sets that a message names
 SHARDS_SCHEMA = pa.schema([("name", pa.utf8()), ("samples", pa.uint32()), ("bytes", pa.uint64()),
                            ("sha256", pa.utf8()), ("index_sha256", pa.utf8())])
 
@@ -106,5 +107,6 @@ def _no_manifest(directory: Path) -> str:
     if not directory.is_dir():
         return f"no directory {directory}: give the directory of a shard set"
     inside = sorted(str(p.parent) for pattern in (f"*/{MANIFEST}", f"*/*/{MANIFEST}") for p in directory.glob(pattern))
-    hint = f"did you mean one of {', '.join(inside[:8])}?" if inside else "make one with `dsvlm data convert`"
+    more = f", ... ({len(inside)} in all)" if len(inside) > SHOWN else ""
+    hint = f"did you mean one of {', '.join(inside[:SHOWN])}{more}?" if inside else "make one with `dsvlm data convert`"
     return f"{directory} holds no {MANIFEST}, so it is no (complete) shard set: {hint}"

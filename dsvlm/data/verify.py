@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from dsvlm.data.index import ShardIndex, index_tar
-from dsvlm.data.manifest import Manifest, load_manifest
+from dsvlm.data.manifest import MANIFEST, SHARDS, Manifest, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.transforms import decode_image
 
@@ -16,11 +16,14 @@ def verify(directory, decode: bool = False, progress=None) -> dict:
 
     progress: callable(iterable, desc=str) -> iterable. Returns {"directory", "samples", "problems": [text],
     "damaged": [{"sample", "shard", "key", "reason"}]}; both lists are empty for a sound shard set.
+    ValueError when there is nothing of a shard set in the directory.
     """
     report = {"directory": str(directory), "samples": 0, "problems": [], "damaged": []}
     try:
         manifest = load_manifest(directory)
     except ValueError as error:
+        if not any(Path(directory, name).exists() for name in (MANIFEST, SHARDS)):
+            raise ValueError(f"no shard set at {directory}: {error}") from None
         report["problems"].append(str(error))
         return report
     report["samples"] = manifest.samples

@@ -153,7 +153,28 @@ def test_index_of_a_foreign_tar(tmp_path, capsys):
 def test_tools_report_errors(tmp_path, capsys):
     assert run_tool("index", [str(tmp_path / "absent.tar")]) == 2
     assert capsys.readouterr().err == f"tools/index.py: error: no file {tmp_path / 'absent.tar'}\n"
-    assert run_tool("verify", [str(tmp_path)]) == 1
+    for nothing in (tmp_path, tmp_path / "nope"):
+        assert run_tool("verify", [str(nothing)]) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith(f"tools/verify.py: error: no shard set at {nothing}: ")
+        assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("count, end", [(12, "set11?\n"), (13, "set11, ... (13 in all)?\n")])
+def test_info_of_a_directory_of_sets_names_them(tmp_path, count, end):
+    for number in range(count):
+        (tmp_path / f"set{number:02}").mkdir()
+        (tmp_path / f"set{number:02}/manifest.json").write_text("{}")
+    with pytest.raises(ValueError) as error:
+        run("info", tmp_path)
+    assert f"did you mean one of {tmp_path}/set00, " in str(error.value) and f"{error.value}\n".endswith(end)
+
+
+def test_help_of_data_describes_and_shows(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    shown = capsys.readouterr().out
+    assert "Makes shards of datasets" in shown and "\n  dsvlm data convert scenes --out data/scenes\n" in shown
 
 
 def imported(*command) -> set[str]:
