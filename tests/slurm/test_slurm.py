@@ -1,6 +1,12 @@
 """The batch scripts on a real SLURM: two nodes, a rank each, warned, pushed out, cancelled, in the end complete."""
 
+import os
+import subprocess
 import time
+
+import pytest
+
+from tests.slurm.conftest import SLURM
 
 CPU = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=20")
 
@@ -45,3 +51,14 @@ def test_preprocessing_one_task_per_array_task(cluster):
     cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job), "end of both array tasks")
     sets = sorted(str(p.parent.relative_to(out)) for p in out.rglob("manifest.json"))
     assert sets == ["train/caption", "train/locate", "val/caption", "val/locate"], cluster.log()
+
+
+@pytest.mark.parametrize("tasks, number, message", [
+    (None, "0", "TASKS is empty: name the tasks to convert"),
+    ("  ", "0", "TASKS is empty: name the tasks to convert"),
+    ("caption locate", "2", 'TASKS="caption locate" has no entry 2: give --array=0-1\n'),
+])  # fmt: skip
+def test_preprocessing_says_what_is_missing(tasks, number, message):
+    environ = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": number} | ({"TASKS": tasks} if tasks else {})
+    done = subprocess.run(["bash", str(SLURM / "preprocess.sbatch")], env=environ, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "0--1" not in done.stderr
