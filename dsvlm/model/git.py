@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 
+from dsvlm.data.encode import IGNORE
 from dsvlm.model.backbone import build_decoder, kind_of
 from dsvlm.model.backbone.attention import register
 from dsvlm.model.connector import Connector
@@ -21,8 +22,6 @@ from dsvlm.model.vision import VisionEncoder, build_tower
 
 if TYPE_CHECKING:
     from dsvlm.data.collate import Batch
-
-IGNORE = -100
 
 
 class GitVlmConfig(PreTrainedConfig):
@@ -41,7 +40,7 @@ class GitVlmConfig(PreTrainedConfig):
     image_mean: list | None = None
     image_std: list | None = None
     loss_chunk: int = 1024
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # of the connector and the heads: PreTrainedModel._init_weights reads it
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
