@@ -1,12 +1,18 @@
 """The rules of the house: imports go one way, heavy ones wait until they are needed, files stay short."""
 
 import ast
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dsvlm import config_checks
+from dsvlm.config import apply_override, parse_recipe
+from dsvlm.schedule.plan import ROUND_KINDS, STRATEGIES, Schedule, Stream
+from dsvlm.tasks import TASK_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 # A package imports itself and what stands left of it; the top-level modules count as packages.
@@ -125,3 +131,45 @@ def test_help_is_light_means_something(tmp_path):
     loaded = loaded_by(*arguments)
     assert {"PIL", "pyarrow"} <= loaded
     assert not loaded & {"torch", "transformers", "deepspeed"}
+
+
+# config_checks names what other packages define: it stands left of them, and must not wait for torch.
+def allowed_by_checks(raw: dict, override: str) -> set[str]:
+    """The values that the checks of a recipe name when they refuse another one."""
+    raw = copy.deepcopy(raw)
+    apply_override(raw, f"{override}=nothing-of-the-kind")
+    with pytest.raises(ValueError, match="is none of") as error:
+        parse_recipe(raw)
+    return set(str(error.value).split(" is none of ")[1].partition(" (did")[0].split(", "))
+
+
+@pytest.fixture
+def raw():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 20, "patch_size": 10}
+    return {
+        "name": "names", "data": {"root": "data"}, "text": {"vocab_size": 64, "bins": 8, "max_length": 48},
+        "model": {"vision": {"config": sizes}, "decoder": {"kind": "opt", "config": {"hidden_size": 16}}},
+        "tasks": {"match": {"type": "pair", "classes": 2, "shards": "match", "samples": 2}}, "schedule": {"steps": 3},
+    }  # fmt: skip
+
+
+def test_names_of_task_types_agree():
+    assert config_checks.TASK_TYPES == tuple(TASK_TYPES)
+
+
+def test_names_of_strategies_agree(raw):
+    assert allowed_by_checks(raw, "schedule.strategy") == set(STRATEGIES)
+    assert allowed_by_checks(raw, "schedule.rounds") == set(ROUND_KINDS)
+    streams = (Stream("match", (8,), 2, 1),)
+    for strategy in STRATEGIES:
+        drawn = {"unified": {"samples": 4}, "per_rank": {"samples": 4, "chunk": 2}}.get(strategy, {})
+        for rounds in ROUND_KINDS:
+            raw["schedule"] = {"steps": 3, "strategy": strategy, "rounds": rounds, **drawn}
+            assert parse_recipe(raw).schedule.strategy == strategy
+            assert Schedule(0, strategy, streams, rounds, **drawn).rounds == rounds
+
+
+def test_names_of_decoder_kinds_agree(raw):
+    from dsvlm.model.backbone import KINDS
+
+    assert allowed_by_checks(raw, "model.decoder.kind") == set(KINDS)
