@@ -138,7 +138,7 @@ def add_generate(commands) -> None:
     parser = commands.add_parser(
         "generate",
         help="ask a run about an image",
-        description="Prints the model's answer to a prompt, used as it is, and the boxes in the answer.",
+        description="Prints the model's answer to a prompt, and the boxes in the answer.",
         epilog='example: dsvlm generate runs/quickstart image.png "where is the red square?" --draw boxes.png',
     )
     add_run(parser)

@@ -1,6 +1,7 @@
 """The DeepSpeed engine of a run: its JSON from ds_configs/ plus what the recipe owns."""
 
 import json
+import math
 from pathlib import Path
 
 from dsvlm.config import OptimConfig, Recipe
@@ -54,11 +55,26 @@ def engine_config(config: dict, optim: OptimConfig, dtype: str) -> dict:
     return full
 
 
+def clip_and_tell(optimizer, clip: float) -> None:
+    """Clips before each step and leaves the norm where the engine looks for it: without ZeRO it tells none."""
+    from torch.nn.utils import clip_grad_norm_
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def before_step(optimizer, arguments, options) -> None:
+        optimizer._global_grad_norm = clip_grad_norm_(parameters, clip or math.inf)
+
+    optimizer.register_step_pre_hook(before_step)
+
+
 def make_engine(model, recipe: Recipe):
     """Wraps the model; collective."""
     import deepspeed
 
     config = engine_config(read_ds_config(recipe), recipe.optim, recipe.train.dtype)
     optimizer = make_optimizer(model, recipe.optim)
+    if recipe.train.zero == 0:
+        config["gradient_clipping"] = 0.0
+        clip_and_tell(optimizer, recipe.optim.clip)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
