@@ -66,7 +66,7 @@ def check_tensors(model: GitVlm, out: Path) -> None:
     saved = {}
     for path in sorted(out.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
+            for name in file.keys():
                 tensor = file.get_tensor(name)
                 saved[name] = tensor.shape
                 if not torch.isfinite(tensor).all():

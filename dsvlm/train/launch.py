@@ -9,8 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsvlm.train.preempt import SIGNALS, STOP_FILE, clear_stop, install_handlers, request_stop
+
+if TYPE_CHECKING:
+    import torch
 
 LAUNCHED = "DSVLM_LAUNCHED"  # set for ranks whose launching process watches over the STOP file
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -52,7 +56,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
     return Ranks(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"])
 
 
-def init_distributed(ranks: Ranks, timeout: int) -> "torch.device":  # noqa: F821
+def init_distributed(ranks: Ranks, timeout: int) -> "torch.device":
     """Starts the process group (nccl on GPUs, gloo on CPUs) and returns this rank's device."""
     use_cpu_without_gpu()
     if ranks.world_size == 1:
