@@ -1,7 +1,6 @@
 """What the pools' ranks run: small trainings of the tiny recipe under one engine each."""
 
 import contextlib
-import gc
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,6 @@ def engine_of(tiny: Tiny, threshold: int = 0):
         yield engine
     finally:
         engine.destroy()
-        gc.collect()
 
 
 def gradient(recipe, step: int = 0) -> dict[str, np.ndarray]:

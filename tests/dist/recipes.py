@@ -26,7 +26,7 @@ RAW = {
     "schedule": {"steps": 4, "strategy": "accumulate"},
     # A large eps: where a gradient is 0 but for rounding (key biases), AdamW would turn rounding into steps of size lr.
     "optim": {"lr": 1e-2, "eps": 1e-3, "clip": 0.0, "schedule": "constant"},
-    "train": {"micro_batch": 2, "zero": 0},
+    "train": {"micro_batch": 3, "zero": 0},
 }  # fmt: skip
 
 STRATEGIES = {

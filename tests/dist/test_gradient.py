@@ -40,7 +40,7 @@ def test_world_size_and_stage(pools, data_root, single, strategy, world_size, ze
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("micro_batch", [1, 3, 64])
+@pytest.mark.parametrize("micro_batch", [1, 2, 64])
 def test_micro_batch(pools, data_root, single, strategy, micro_batch):
     changes = STRATEGIES[strategy]
     found = pools(2).run("gradient", recipe=tiny(data_root, train__zero=3, train__micro_batch=micro_batch, **changes))
@@ -55,7 +55,7 @@ def test_rounds_and_normalisation(pools, data_root, single, rounds, normalise):
     assert_equal(found[0], single(schedule__normalise=normalise), 1e-12)
 
 
-@pytest.mark.parametrize("world_size, zero, micro_batch", [(2, 3, 2), (3, 2, 2), (2, 0, 3)])
+@pytest.mark.parametrize("world_size, zero, micro_batch", [(2, 3, 3), (3, 2, 2), (2, 0, 1)])
 def test_dropout(pools, data_root, single, world_size, zero, micro_batch):
     """Dropout is keyed by sample, so not even other units, and with them another micro-batch, change a draw."""
     changes = {"model__decoder__config__dropout": 0.1, "model__decoder__config__attention_dropout": 0.1}

@@ -13,7 +13,7 @@ from dsvlm.train.loop import start_record
         ({"seed": 6}, "seed"),
         ({"tasks__question__samples": 7}, "tasks.question.samples"),
         ({"tasks__question__quota": 3}, "tasks.question.quota"),
-        ({"train__micro_batch": 3}, "train.micro_batch"),
+        ({"train__micro_batch": 4}, "train.micro_batch"),
         ({"train__zero": 2}, "train.zero"),
     ],
 )
