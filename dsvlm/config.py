@@ -18,16 +18,28 @@ EXECUTION = (
     "output", "data.root", "data.workers", "tasks.*.shards", "tasks.*.eval", "train.micro_batch", "train.zero",
     "train.ds_config", "train.save_every", "train.keep", "train.log_every", "train.timeout", "schedule.rounds",
     "model.loss_chunk", "model.gradient_checkpointing", "eval.samples", "eval.batch", "eval.max_new_tokens",
-    "data.max_bad_share", "data.cache_mb",
+    "data.max_bad_share", "data.cache_mb", "data.worker_timeout", "data.remote_cache", "data.remote_cache_mb",
+    "data.shared_shards", "tasks.*.pack", "train.micro_tokens", "train.buckets",
 )  # fmt: skip
+# Fields that came after the first runs: at these values they are no part of the identity, and older runs keep theirs.
+LATER = {
+    "data.decoder": "auto", "data.dct_scaling": False, "schedule.mixture": None, "schedule.phases": [],
+    "schedule.controller": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DataConfig:
     root: str = "data"  # directory that tasks' shard sets are relative to
-    workers: int = 0  # threads per rank that read text and decode images ahead
+    workers: int = 0  # processes per rank that read text and decode images ahead
     max_bad_share: float = 0.01  # bad samples among those seen; above it (and above 10 of them) all ranks stop
-    cache_mb: int = 256  # texts and images that a rank keeps, so that a small data set is read once
+    cache_mb: int = 256  # texts and images that a process keeps, so that a small data set is read once
+    worker_timeout: int = 120  # seconds without an answer after which a worker is ended and started again
+    decoder: str = "auto"  # auto: simplejpeg when installed | pillow | simplejpeg; the run records which it was
+    dct_scaling: bool = False  # JPEGs twice as large as needed, or more, are decoded at a half, quarter or eighth
+    remote_cache: str = ""  # directory on the node for parts of remote shards; default: below the temporary directory
+    remote_cache_mb: int = 10_000
+    shared_shards: bool = False  # lets two tasks read the same shard
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,37 @@ class TaskConfig:
     weight: float = 1.0  # of the task's loss
     prompt: str | None = None  # replaces the task type's own prompt template
     classes: int = 0  # of a head-bank task (type pair)
+    pack: bool = False  # several samples in one row; needs train.micro_tokens
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Shares of the tasks: of each window's samples (accumulate, mixed), or quotas of a cycle (unified, per_rank)."""
+
+    kind: str  # proportional (to samples) | temperature (samples^alpha) | annealed (alpha falls from 1) | piecewise
+    alpha: float = 0.5  # exponent of temperature; last one of annealed
+    parts: int = 10  # of the run, each with shares of its own (annealed, piecewise)
+    points: dict = field(default_factory=dict)  # piecewise: task -> "step:share,...", linear in between
+    cycle: int = 0  # sum of the quotas; default: one epoch of all tasks (proportional), 100 (others)
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """Shares from one step on: samples per window (accumulate, mixed) or quotas (unified, per_rank)."""
+
+    start: int
+    shares: dict[str, int]  # of every task; 0 = pauses
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    kind: str  # stop_and_go (12-in-1, Lu et al. 2020)
+    every: int = 100  # updates between two decisions
+    gap: int = 4  # a stopped task takes part in every gap-th update
+    patience: int = 1
+    gain: float = 0.001  # relative; less, more than `patience` times: converged, so it stops
+    loss: float = 0.005  # relative; more, when stopped: diverged, so it goes
+    cooldown: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +137,9 @@ class ScheduleConfig:
     samples: int = 0  # per window, for drawn strategies
     chunk: int = 0  # samples that draw one task together, for per_rank
     normalise: str = "token"  # token: one target count per objective; task: one per task
+    mixture: MixtureConfig | None = None  # default: tasks' own samples and quotas
+    phases: tuple[PhaseConfig, ...] = ()
+    controller: ControllerConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +166,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     micro_batch: int = 8  # samples per rank and forward pass
+    micro_tokens: int = 0  # instead: padded tokens, images and text; units then hold samples of like length
+    buckets: int = 16  # row lengths that such units are padded to
     zero: int = 3
     ds_config: str | None = None  # DeepSpeed JSON that replaces ds_configs/zero<N>.json
     dtype: str = "fp32"  # fp32 | bf16
@@ -159,7 +207,9 @@ class Recipe:
 
     def identity(self) -> dict:
         """What the run is, as flat `path -> value`: every field but the execution settings."""
-        return {path: value for path, value in flatten(self.to_dict()).items() if not is_execution(path)}
+        flat = flatten(self.to_dict())
+        kept = {path: value for path, value in flat.items() if not is_execution(path)}
+        return {path: value for path, value in kept.items() if path not in LATER or value != LATER[path]}
 
     def identity_hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
