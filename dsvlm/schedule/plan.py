@@ -110,7 +110,11 @@ class Window:
 
     def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (task: [n] int32, ordinal: [n] int64) of places start..stop-1, n = stop - start; O(n)."""
-        place = np.arange(start, stop)
+        return self.take(np.arange(start, stop))
+
+    def take(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (task: [n] int32, ordinal: [n] int64) of `places: [n] int64` of the window, in any order; O(n)."""
+        place = np.asarray(places, np.int64)
         if self.order_key is not None:
             place = permute(place, len(self), self.order_key)
         block = np.searchsorted(self._edges, place, side="right") - 1
@@ -171,6 +175,15 @@ class Plan:
             here = epoch == number
             sample[here] = self._order(task, number).samples(position[here])
         return epoch, sample
+
+    def locate_all(self, tasks: np.ndarray, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (epoch: [n] int64, sample id: [n] int64) of samples of any tasks; `tasks: [n]`, `ordinals: [n]`."""
+        tasks, ordinals = np.asarray(tasks), np.asarray(ordinals, np.int64)
+        found = np.empty((2, len(ordinals)), np.int64)
+        for task in np.unique(tasks).tolist():
+            here = tasks == task
+            found[:, here] = self.locate(task, ordinals[here])
+        return found[0], found[1]
 
     def _order(self, task: int, epoch: int) -> EpochOrder:
         recent = self._recent[task]

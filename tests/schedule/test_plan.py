@@ -91,6 +91,24 @@ def test_locate_pure(schedules, data):
 
 @steady
 @given(st.data())
+def test_take_and_locate_all(schedules, data):
+    """Any places of a window, in any order: what the whole window says of them; each located as its task alone is."""
+    schedule = data.draw(schedules())
+    plan = Plan(schedule)
+    window = plan.window(data.draw(st.integers(0, 2000)))
+    places = np.array(data.draw(st.lists(st.integers(0, len(window) - 1), max_size=30)), np.int64)
+    task, ordinal = window.take(places)
+    assert task.dtype == np.int32 and ordinal.dtype == np.int64
+    assert np.array_equal(task, window.task[places]) and np.array_equal(ordinal, window.ordinal[places])
+    epoch, sample = plan.locate_all(task, ordinal)
+    assert epoch.dtype == sample.dtype == np.int64 and len(epoch) == len(sample) == len(places)
+    for one in range(len(places)):
+        alone = Plan(schedule).locate(int(task[one]), ordinal[one : one + 1])
+        assert (alone[0][0], alone[1][0]) == (epoch[one], sample[one])
+
+
+@steady
+@given(st.data())
 def test_ordinals_have_no_gap(schedules, data):
     """Over steps 0, 1, 2, ... the ordinals of each task are 0, 1, 2, ... (invariant 7)."""
     schedule = data.draw(schedules())
