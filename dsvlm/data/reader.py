@@ -78,6 +78,9 @@ class ShardReader:
         extension = shard.index.image(row)
         return None if extension is None else shard.read(row, extension)
 
+    def fetch(self, samples: np.ndarray, when: int) -> None:
+        """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards."""
+
     def read(self, sample: int, extension: str) -> bytes:
         """The bytes of one member, checked against their crc; BadSample when it is absent or damaged."""
         shard, row = self._find(sample)
