@@ -6,10 +6,24 @@ Nothing here changes what a run is: the samples of a window, and their order, ar
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from dsvlm.schedule.plan import Schedule, Window
+
+
+class Unit(NamedTuple):
+    """What one rank runs in one micro-step.
+
+    places: [n] int64, places in the window; n = 0 is a filler.
+    rows: [n] int64, ascending, the packed row of each sample; None = one row per sample.
+    width: positions (images and text) that every row is padded to; 0 = those of the longest row.
+    """
+
+    places: np.ndarray
+    rows: np.ndarray | None = None
+    width: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +79,10 @@ class Round:
         """Return the slice (start, stop) of the window that `rank` runs; start == stop is a filler."""
         assert 0 <= rank < self.world_size
         return self.cut.unit(self.first + rank)
+
+    def unit(self, rank: int) -> Unit:
+        """Return what `rank` runs: its span, a row for each sample."""
+        return Unit(np.arange(*self.span(rank), dtype=np.int64))
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:

@@ -55,6 +55,10 @@ def test_rounds(schedules, data):
         counts = [stop - start for start, stop in part.spans]
         assert len(counts) == world_size and 1 <= counts[0] and max(counts) <= micro_batch
         assert part.spans == tuple(part.span(rank) for rank in range(world_size))
+        for rank, span in enumerate(part.spans):
+            unit = part.unit(rank)
+            assert unit.places.dtype == np.int64 and unit.places.tolist() == list(range(*span))
+            assert unit.rows is None and unit.width == 0
         assert (part.samples, part.largest, part.units) == (sum(counts), max(counts), sum(n > 0 for n in counts))
         assert [n > 0 for n in counts] == sorted([n > 0 for n in counts], reverse=True)
         if packed:
