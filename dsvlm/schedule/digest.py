@@ -45,8 +45,8 @@ def identity_bytes(schedule: Schedule, recipe_hash: str, manifest_hashes: Sequen
 def digest(identity: bytes, window: Window) -> str:
     """Return 32 hex digits that name one step of a run; equal for every world size and micro-batch."""
     order = [0, 0] if window.order_key is None else [1, window.order_key]
-    head = np.array([SCHEDULE_VERSION, len(identity), window.step, len(window.blocks), *order], "<u8")
-    blocks = np.array(window.blocks, "<i8")
+    head = np.array([SCHEDULE_VERSION, len(identity), window.step, len(window.table), *order], "<u8")
+    blocks = np.ascontiguousarray(window.table, "<i8")
     return hashlib.blake2b(head.tobytes() + identity + blocks.tobytes(), digest_size=16).hexdigest()
 
 

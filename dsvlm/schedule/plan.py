@@ -97,16 +97,29 @@ class Block(NamedTuple):
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
-    """The samples of one optimizer update, in order: block after block, then permuted by `order_key` if not None."""
+    """The samples of one optimizer update, in order: block after block, then permuted by `order_key` if not None.
+
+    `table: [blocks, 3] int64`, the fields of each `Block`: a window may hold half a million of them.
+    """
 
     step: int
-    blocks: tuple[Block, ...]
+    table: np.ndarray
     order_key: int | None = None
 
     def __len__(self) -> int:
         return int(self._edges[-1])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each block, [blocks] int64."""
+        return self.table[:, 2]
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks one by one."""
+        return tuple(map(Block._make, self.table.tolist()))
 
     def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (task: [n] int32, ordinal: [n] int64) of places start..stop-1, n = stop - start; O(n)."""
@@ -118,7 +131,7 @@ class Window:
         if self.order_key is not None:
             place = permute(place, len(self), self.order_key)
         block = np.searchsorted(self._edges, place, side="right") - 1
-        return self._tasks[block].astype(np.int32), self._firsts[block] + place - self._edges[block]
+        return self.table[block, 0].astype(np.int32), self.table[block, 1] + place - self._edges[block]
 
     @property
     def task(self) -> np.ndarray:
@@ -132,15 +145,7 @@ class Window:
 
     @cached_property
     def _edges(self) -> np.ndarray:
-        return np.cumsum([0] + [block.count for block in self.blocks])
-
-    @cached_property
-    def _tasks(self) -> np.ndarray:
-        return np.array([block.task for block in self.blocks])
-
-    @cached_property
-    def _firsts(self) -> np.ndarray:
-        return np.array([block.first_ordinal for block in self.blocks])
+        return np.append(0, np.cumsum(self.counts))
 
 
 class Plan:
@@ -161,11 +166,11 @@ class Plan:
             chunk = schedule.samples if schedule.strategy == "unified" else schedule.chunk
             chunks = schedule.samples // chunk
             task, occurrence = self._mixture.slots(step * chunks, (step + 1) * chunks)
-            blocks = zip(task.tolist(), (occurrence * chunk).tolist(), [chunk] * chunks, strict=True)
-            return Window(step, tuple(map(Block._make, blocks)))
-        counts = [stream.samples for stream in schedule.streams]
-        blocks = tuple(Block(task, step * count, count) for task, count in enumerate(counts))
-        return Window(step, blocks, key64("mixed", schedule.seed, step) if schedule.strategy == "mixed" else None)
+            table = np.stack([task, occurrence * chunk, np.full(chunks, chunk)], axis=1)
+            return Window(step, table)
+        counts = np.array([stream.samples for stream in schedule.streams])
+        table = np.stack([np.arange(len(counts)), step * counts, counts], axis=1)
+        return Window(step, table, key64("mixed", schedule.seed, step) if schedule.strategy == "mixed" else None)
 
     def locate(self, task: int, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (epoch: [n] int64, sample id: [n] int64) of `ordinals: [n] int64` of one task."""

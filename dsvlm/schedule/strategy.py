@@ -130,14 +130,14 @@ def deal(window: Window, schedule: Schedule, world_size: int, micro_batch: int) 
     if schedule.strategy == "mixed":
         counts = np.array([len(window)])
     else:
-        counts = np.array([block.count for block in window.blocks])
+        counts = window.counts
     starts = np.cumsum(counts) - counts
     if schedule.rounds == "packed" or schedule.strategy in ("mixed", "per_rank"):
         cut = Cut(starts, counts, _packed_pieces(counts, world_size, micro_batch))
         return tuple(Round(cut, first, world_size, None) for first in range(0, int(cut.edges[-1]), world_size))
     rounds = -(-counts // (micro_batch * world_size))
     cut = Cut(starts, counts, rounds * world_size)
-    tasks = np.repeat([block.task for block in window.blocks], rounds).tolist()
+    tasks = np.repeat(window.table[:, 0], rounds).tolist()
     return tuple(Round(cut, index * world_size, world_size, task) for index, task in enumerate(tasks))
 
 
