@@ -1,4 +1,4 @@
-"""Rows of a unit as one batch of tensors, always with the same signature: at least one row and one image."""
+"""Samples of a unit as one batch of tensors, always with the same signature: at least one sample and one image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,17 +12,20 @@ from dsvlm.data.encode import IGNORE, Encoded
 
 @dataclass
 class Batch:
-    """One micro-step of one rank. B rows, N >= 1 images, L text tokens, T answer tokens (encoder-decoder).
+    """One micro-step of one rank. B samples, N >= 1 images, L text tokens, T answer tokens (encoder-decoder).
 
-    pixels: [N, 3, P, P] uint8; a zero image stands in when no row has one, and enters the graph times 0.
-    image_row: [N] int64, row of each image, ascending; -1 = that stand-in.
+    pixels: [N, 3, P, P] uint8; a zero image stands in when no sample has one, and enters the graph times 0.
+    image_row: [N] int64, sample of each image, ascending; -1 = that stand-in.
     tokens: [B, L] int64, right padded; decoder: bos, prompt, target, eos; encoder-decoder: the source.
-    lengths: [B] int64, tokens of each row, at least 1.
+    lengths: [B] int64, text tokens of each sample, at least 1.
     targets: [B, L or T] int64, id to predict at this position; -100 = no loss.
-    weight: [B] float32, weight of each target of the row; 0 for rows that must not teach.
-    keys: [B] int64, what the row's dropout draws are keyed by.
+    weight: [B] float32, weight of each target of the sample; 0 for samples that must not teach.
+    keys: [B] int64, what the sample's dropout draws are keyed by.
     task, label, head: [B] int64; task index, class (-100 = none), head of the bank (-1 = none).
     decoder_tokens: [B, T] int64, decoder_lengths: [B] int64; encoder-decoder only.
+    row: [B] int64 ascending from 0 without gaps, the packed row that the model puts each sample into, samples of a row
+    next to each other in their order; None = every sample is a row of its own.
+    width: positions (images and text) that rows are padded to at least; 0 = the longest row's.
     """
 
     pixels: Tensor
@@ -37,10 +40,13 @@ class Batch:
     head: Tensor
     decoder_tokens: Tensor | None = None
     decoder_lengths: Tensor | None = None
+    row: Tensor | None = None
+    width: int = 0
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in held.items() if isinstance(v, Tensor)}
+        return Batch(**held | moved)
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,17 @@ class Row:
     head: int = -1
 
 
-def collate(rows: Sequence[Row], *, image_size: int, pad_id: int) -> Batch:
-    """Pads rows to the longest. A unit without samples still sends one row of weight 0: every rank runs every module.
+def collate(
+    rows: Sequence[Row], *, image_size: int, pad_id: int, width: int = 0, packed: Sequence[int] | None = None
+) -> Batch:
+    """Pads texts to the longest. A unit without samples still sends one of weight 0: every rank runs every module.
 
-    rows: at least one.
+    rows: at least one; width, packed: the batch's `width` and `row`.
     """
     assert rows, "a batch needs a row; the loader sends a masked one for a filler unit"
+    if packed is not None:
+        steps = np.diff(np.asarray(packed, np.int64), prepend=-1)
+        assert len(steps) == len(rows) and steps[0] == 1 and np.isin(steps, (0, 1)).all(), f"packed rows {packed}"
     with_image = [i for i, row in enumerate(rows) if row.image is not None]
     pixels = [rows[i].image for i in with_image] or [np.zeros((3, image_size, image_size), np.uint8)]
     answers = [row.text.answer for row in rows if row.text.answer is not None]
@@ -80,6 +91,8 @@ def collate(rows: Sequence[Row], *, image_size: int, pad_id: int) -> Batch:
         head=torch.tensor([row.head for row in rows]),
         decoder_tokens=pad(answers, pad_id) if answers else None,
         decoder_lengths=torch.tensor([len(a) for a in answers]) if answers else None,
+        row=None if packed is None else torch.tensor(np.asarray(packed), dtype=torch.int64),
+        width=int(width),
     )
 
 
