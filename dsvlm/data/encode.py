@@ -1,6 +1,7 @@
 """A sample as ids with next-token targets: the loss flags of the segments become labels here, and nowhere else."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from dsvlm.data.reader import BadSample
 from dsvlm.data.sample import Image, Sample
@@ -55,6 +56,25 @@ def encode_sample(sample: Sample, codec: TextCodec, max_length: int, encoder_dec
     tokens = [codec.bos_id, *prompt, *target]
     targets = [IGNORE] * len(prompt) + target + [IGNORE] if target else [IGNORE] * len(tokens)
     return Encoded(tokens, targets, None, sample.label, images)
+
+
+def encode_record(
+    record: dict, make: Callable[[dict], Sample], codec: TextCodec, max_length: int, *, encoder_decoder: bool,
+    images: bool = True, classes: int = 0,
+) -> Encoded:  # fmt: skip
+    """A record as the loader sends it to the model; BadSample when it does not fit its task.
+
+    make: the task type's template; images: whether the task's samples have images; classes: of its head.
+    """
+    try:
+        text = encode_sample(make(record), codec, max_length, encoder_decoder)
+        if text.label is not None and not 0 <= text.label < classes:
+            raise BadSample(f"label {text.label} is none of the task's {classes} classes (0 is the first)")
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BadSample):
+            raise
+        raise BadSample(f"its record does not fit the task: {error!r}") from error
+    return text if images else replace(text, images=0)
 
 
 def masked_sample(codec: TextCodec, encoder_decoder: bool) -> Encoded:

@@ -5,12 +5,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from dsvlm.data.collate import Batch, Row, collate
-from dsvlm.data.encode import Encoded, encode_sample, masked_sample
+from dsvlm.data.encode import Encoded, encode_record, masked_sample
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Sample
 from dsvlm.data.tokenizer import TextCodec
@@ -67,11 +67,16 @@ class LoadedWindow:
 
     units: one list of drafts per micro-step, empty = filler.
     counts: [tasks] int64, targets of each task in this rank's units; known before the first backward.
+    shapes: (packed row of each draft or None, least width of a row) of every unit; units without one: (None, 0).
     """
 
     step: int
     units: list[list[Draft]]
     counts: np.ndarray
+    shapes: list[tuple[np.ndarray | None, int]] = field(default_factory=list)
+
+    def shape(self, unit: int) -> tuple[np.ndarray | None, int]:
+        return self.shapes[unit] if self.shapes else (None, 0)
 
     @property
     def drafts(self) -> list[Draft]:
@@ -81,7 +86,7 @@ class LoadedWindow:
 class Loader:
     """Reads the samples of one rank.
 
-    plan: `window(step)` and `locate(task, ordinals)`; deal: `deal(window) -> rounds` with `span(rank)`.
+    plan: `window(step)` and `locate(task, ordinals)`; deal: `deal(window) -> rounds` with `unit(rank)`.
     sources: tasks in the plan's order.
     """
 
@@ -103,13 +108,14 @@ class Loader:
 
     def read(self, step: int) -> LoadedWindow:
         window = self.plan.window(step)
-        units, counts = [], np.zeros(len(self.sources), np.int64)
+        units, shapes, counts = [], [], np.zeros(len(self.sources), np.int64)
         for round_ in self.deal(window):
-            start, stop = round_.span(self.config.rank)
-            units.append(self.drafts(*window.span(start, stop)))
+            places, rows, width = round_.unit(self.config.rank)
+            units.append(self.drafts(*window.take(places)))
+            shapes.append((rows, width))
             for draft in units[-1]:
                 counts[draft.task] += draft.text.count
-        return LoadedWindow(step, units, counts)
+        return LoadedWindow(step, units, counts, shapes)
 
     def drafts(self, tasks: np.ndarray, ordinals: np.ndarray) -> list[Draft]:
         found = np.zeros((2, len(tasks)), np.int64)  # epoch, sample
@@ -128,17 +134,10 @@ class Loader:
         return Draft(task, epoch, sample, ordinal, source.reader.crc(sample), text, reason)
 
     def encode(self, source: Source, sample: int) -> tuple[Encoded, int]:
-        try:
-            made = source.sample(source.reader.record(sample))
-            text = encode_sample(made, self.codec, self.config.max_length, self.config.encoder_decoder)
-            if text.label is not None and not 0 <= text.label < source.classes:
-                raise BadSample(f"label {text.label} is none of the task's {source.classes} classes (0 is the first)")
-            if not source.images:
-                text = replace(text, images=0)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, BadSample):
-                raise
-            raise BadSample(f"its record does not fit the task: {error!r}") from error
+        text = encode_record(
+            source.reader.record(sample), source.sample, self.codec, self.config.max_length,
+            encoder_decoder=self.config.encoder_decoder, images=source.images, classes=source.classes,
+        )  # fmt: skip
         return text, 64 + 16 * len(text.tokens)
 
     def batches(self, window: LoadedWindow, weights: Sequence[float]) -> Iterator[Batch]:
@@ -147,24 +146,26 @@ class Loader:
         weights: of each target, per task.
         """
         if self.pool is None:
-            for unit in window.units:
-                yield self.batch(unit, [self.image(draft) for draft in unit], weights)
+            for index, unit in enumerate(window.units):
+                yield self.batch(unit, [self.image(draft) for draft in unit], weights, *window.shape(index))
             return
         ahead: list[list[Future]] = []
         for index, unit in enumerate(window.units):
             while len(ahead) <= index + UNITS_AHEAD and len(ahead) < len(window.units):
                 ahead.append([self.pool.submit(self.image, draft) for draft in window.units[len(ahead)]])
-            yield self.batch(unit, [future.result() for future in ahead[index]], weights)
+            yield self.batch(unit, [future.result() for future in ahead[index]], weights, *window.shape(index))
             ahead[index] = []
 
-    def batch(self, unit: list[Draft], images: list, weights: Sequence[float]) -> Batch:
+    def batch(self, unit: list[Draft], images: list, weights: Sequence[float], packed=None, width: int = 0) -> Batch:
         rows = [
             Row(draft.text, image, 0.0 if draft.reason else float(weights[draft.task]), self.key(draft), draft.task,
                 self.sources[draft.task].head)
             for draft, image in zip(unit, images, strict=True)
         ]  # fmt: skip
-        filler = Row(self.masked, None, 0.0, 0, 0)
-        return collate(rows or [filler], image_size=self.config.image_size, pad_id=self.codec.pad_id)
+        if not rows:
+            rows, packed, width = [Row(self.masked, None, 0.0, 0, 0)], None, 0
+        sizes = {"image_size": self.config.image_size, "pad_id": self.codec.pad_id}
+        return collate(rows, **sizes, width=width, packed=packed)
 
     def image(self, draft: Draft) -> np.ndarray | None:
         """Pixels of a draft, uint8 [3, P, P]; black, with the reason in the draft, when they cannot be had."""
