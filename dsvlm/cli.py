@@ -212,8 +212,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_export(commands)
     from dsvlm.data.commands import add_data_parser
+    from dsvlm.preflight.commands import add_preflight_parsers
 
-    add_data_parser(commands)
+    add_preflight_parsers(add_data_parser(commands))
     return parser
 
 

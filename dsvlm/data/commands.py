@@ -14,8 +14,8 @@ SOURCES = {
 }
 
 
-def add_data_parser(subparsers) -> None:
-    """Add `data` and its subcommands; each sets `run`: function(args) -> exit code."""
+def add_data_parser(subparsers):
+    """Add `data` and its subcommands, and return their table; each sets `run`: function(args) -> exit code."""
     parser = subparsers.add_parser(
         "data", help="make, index and check shards", formatter_class=_EXAMPLE,
         description="Makes shards of datasets, indexes those of other tools, checks and describes them. Needs no GPU.",
@@ -23,6 +23,7 @@ def add_data_parser(subparsers) -> None:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (add, text) in _COMMANDS.items():
         add(commands.add_parser(name, help=text, description=text, formatter_class=_EXAMPLE))
+    return commands
 
 
 def run_tool(name: str, argv=None) -> int:

@@ -1,0 +1,82 @@
+"""`dsvlm data preview | bench | simulate`: what a recipe will do to its data, known before it is trained."""
+
+import argparse
+import json
+import sys
+
+_EXAMPLE = argparse.RawDescriptionHelpFormatter
+
+
+def add_preflight_parsers(commands) -> None:
+    """Add the commands to the table of `dsvlm data`; each sets `run`: function(args) -> exit code."""
+    for name, (add, text) in _COMMANDS.items():
+        add(commands.add_parser(name, help=text, description=text, formatter_class=_EXAMPLE))
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--world-size", type=int, required=True, metavar="W", help="ranks of the run")
+    parser.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="default 8")
+    parser.add_argument("--node", type=int, default=0, help="the node to look at (default 0, the first)")
+    parser.add_argument("--steps", default="0:200", metavar="A:B", help="steps A to B - 1 (default 0:200)")
+    parser.add_argument("--latency-ms", type=float, default=30.0, help="of one request to the store (default 30)")
+    parser.add_argument("--mb-per-s", type=float, default=200.0, help="of one stream from the store (default 200)")
+    parser.add_argument("--cache-mb", type=int, help="of the node (default: the recipe's data.remote_cache_mb)")
+    parser.add_argument("--step-seconds", type=float, help="time of one update, for the store to keep up with")
+    parser.epilog = "example:\n  %(prog)s quickstart --world-size 64 --step-seconds 1.5"
+    _add_json(parser)
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from dsvlm.config import load_recipe
+    from dsvlm.preflight.simulate import Cluster, Store, render, simulate
+    from dsvlm.train.build import plan_run
+
+    recipe = load_recipe(args.recipe, args.set)
+    cluster = Cluster(args.world_size, args.ranks_per_node, args.node)
+    cache = recipe.data.remote_cache_mb if args.cache_mb is None else args.cache_mb
+    store = Store(args.latency_ms, args.mb_per_s, cache, args.step_seconds)
+    steps = _steps(args.steps, recipe.schedule.steps)
+    report = simulate(plan_run(recipe), cluster, store, steps, _progress(args))
+    print(json.dumps(report, sort_keys=True) if args.json else render(report))
+    return 1 if report["findings"] else 0
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a path that ends in .yaml")
+    _add_set(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override a field, e.g. schedule.block=64"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
+
+
+def _steps(text: str, last: int) -> range:
+    """Steps of `A:B`, those past the recipe's last one left out; ValueError when none is left."""
+    low, _, high = text.partition(":")
+    if not (low.isdigit() and high.isdigit() and int(low) < int(high)):
+        raise ValueError(f"--steps {text}: expected A:B with A < B, for example 0:10")
+    if int(low) >= last:
+        raise ValueError(f"--steps {text}: the recipe has {last} steps (schedule.steps), counted from 0")
+    return range(int(low), min(int(high), last))
+
+
+def _progress(args: argparse.Namespace):
+    """A progress bar on stderr, where that is a terminal and the report is for people; elsewhere the items alone."""
+    if args.json or not sys.stderr.isatty():
+        return lambda items, **_: items
+    from tqdm import tqdm
+
+    return tqdm
+
+
+_COMMANDS = {
+    "simulate": (_add_simulate, "show what one node of a large run will read, from the manifests alone"),
+}
