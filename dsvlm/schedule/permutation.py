@@ -1,5 +1,7 @@
 """Keyed permutations with random access, and the order of a task's samples within one epoch."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from dsvlm.schedule.keys import GOLDEN, as_uint64, hash64, mix
@@ -7,6 +9,7 @@ from dsvlm.schedule.keys import GOLDEN, as_uint64, hash64, mix
 ROUNDS = 16  # with 8 or 12, the orders of 5 to 8 items are measurably uneven
 _ONE = np.uint64(1)
 _HALF = np.uint64(32)
+_PIECE = 2**13  # indices that are permuted together: their halves and keys stay in the processor's cache
 _POWERS = _ONE << np.arange(64, dtype=np.uint64)
 _TURNS = np.arange(1, ROUNDS + 1, dtype=np.uint64) * GOLDEN
 _STRIDE = (np.full(1, ROUNDS, np.uint64) * GOLDEN)[0]
@@ -26,45 +29,110 @@ def unpermute(index: np.ndarray, n: int | np.ndarray, key: int | np.ndarray) -> 
     return _walk(_backward, index, n, key)
 
 
+def permutations(n: int, keys: np.ndarray) -> np.ndarray:
+    """Return `permute(np.arange(n), n, key)` for each of `keys: [k] uint64`; [k, n] int64, n < 2^31.
+
+    Faster than index by index: there are few halves, and each is drawn for once.
+    """
+    bits, side = _sides(as_uint64(n))
+    low_side, high_side = 1 << int(bits[0]), int(side[0])
+    draws = mix(_turns(keys[:, None]) + np.arange(max(low_side, high_side), dtype=np.uint64) * _STRIDE)
+    add_low = (draws[::2, :, :high_side] & _mask(bits)).astype(np.int32)  # [ROUNDS / 2, k, high_side]
+    add_high = _below(draws[1::2, :, :low_side], side).astype(np.int32)
+    high, low = (np.tile(half.ravel().astype(np.int32), (len(keys), 1)) for half in np.indices((high_side, low_side)))
+    row = np.arange(len(keys))[:, None]
+    for turn in range(ROUNDS // 2):
+        low = (low + add_low[turn].take(row * high_side + high)) & np.int32(low_side - 1)
+        high = high + add_high[turn].take(row * low_side + low)
+        high -= np.int32(high_side) * (high >= high_side)
+    domain = high * np.int64(low_side) + low  # [k, low_side * high_side], whose own table is the way back below n
+    image = domain[:, :n]
+    outside = image >= n
+    while outside.any():
+        image[outside] = domain[np.nonzero(outside)[0], image[outside]]
+        outside = image >= n
+    return image
+
+
 def _walk(network, index, n, key) -> np.ndarray:
     shape = np.broadcast_shapes(np.shape(index), np.shape(n), np.shape(key))
-    x, n, key = (np.broadcast_to(as_uint64(part), shape or (1,)) for part in (index, n, key))
-    bits = np.searchsorted(_POWERS, n).astype(np.uint64) >> _ONE  # half of ceil(log2 n)
-    side = (n + (_ONE << bits) - _ONE) >> bits
-    x = network(x, bits, side, key)
-    outside = x >= n
-    while outside.any():
-        x[outside] = network(x[outside], bits[outside], side[outside], key[outside])
+    parts = [np.broadcast_to(as_uint64(part), shape or (1,)).reshape(-1) for part in (index, n, key)]
+    image = np.empty(len(parts[0]), np.int64)
+    for start in range(0, len(image), _PIECE):
+        x, n, key = (part[start : start + _PIECE] for part in parts)
+        x = network(x, n, key)
         outside = x >= n
-    return x.astype(np.int64).reshape(shape)
+        while outside.any():
+            x[outside] = network(x[outside], n[outside], key[outside])
+            outside = x >= n
+        image[start : start + _PIECE] = x
+    return image.reshape(shape)
 
 
-def _forward(x, bits, side, key) -> np.ndarray:
-    mask = (_ONE << bits) - _ONE
-    low, high = x & mask, x >> bits
+def _forward(x, n, key) -> np.ndarray:
+    bits, side = _sides(n)
+    mask, turns = _mask(bits), _turns(key)
+    low, high = _split(x, bits)
     for turn in range(0, ROUNDS, 2):
-        low = (low + _draw(key, high, turn)) & mask
-        high = (high + _below(key, low, turn + 1, side)) % side
+        low = (low + mix(turns[turn] + high * _STRIDE)) & mask
+        high = _wrap(high + _below(mix(turns[turn + 1] + low * _STRIDE), side), side)
     return (high << bits) | low
 
 
-def _backward(x, bits, side, key) -> np.ndarray:
-    mask = (_ONE << bits) - _ONE
-    low, high = x & mask, x >> bits
+def _backward(x, n, key) -> np.ndarray:
+    bits, side = _sides(n)
+    mask, turns = _mask(bits), _turns(key)
+    low, high = _split(x, bits)
     for turn in range(ROUNDS - 2, -1, -2):
-        high = (high + side - _below(key, low, turn + 1, side)) % side
-        low = (low - _draw(key, high, turn)) & mask
+        high = _wrap(high + side - _below(mix(turns[turn + 1] + low * _STRIDE), side), side)
+        low = (low - mix(turns[turn] + high * _STRIDE)) & mask
     return (high << bits) | low
 
 
-def _draw(key, half, turn: int) -> np.ndarray:
-    """Return the splitmix64 draw of (half, turn): number half * ROUNDS + turn of the sequence seeded by `key`."""
-    return mix(key + _TURNS[turn] + half * _STRIDE)
+def _sides(n) -> tuple[np.ndarray, np.ndarray]:
+    """Return log2 of the low side, half of ceil(log2 n), and the high side."""
+    bits = np.searchsorted(_POWERS, n).astype(np.uint64) >> _ONE
+    return bits, (n + _mask(bits)) >> bits
 
 
-def _below(key, half, turn: int, limit) -> np.ndarray:
+def _mask(bits) -> np.ndarray:
+    return (_ONE << bits) - _ONE
+
+
+def _split(x, bits) -> tuple[np.ndarray, np.ndarray]:
+    return x & _mask(bits), x >> bits
+
+
+def _turns(key) -> np.ndarray:
+    """Return what each turn adds: its draw for a half is splitmix64's number half * ROUNDS + turn, seeded by `key`."""
+    return key + _TURNS.reshape(ROUNDS, *(1,) * key.ndim)
+
+
+def _below(draw, limit) -> np.ndarray:
     """Return a draw below `limit` (at most 2^32), from the high bits."""
-    return ((_draw(key, half, turn) >> _HALF) * limit) >> _HALF
+    return ((draw >> _HALF) * limit) >> _HALF
+
+
+def _wrap(x, side) -> np.ndarray:
+    """Return x mod side, x < 2 * side (a subtraction below 0 wraps to something large)."""
+    return np.minimum(x, x - side)
+
+
+class Slots(NamedTuple):
+    """Where positions of an epoch lie: slot `index` of the `size` slots of their group, `offset` samples into a block.
+
+    A group's blocks are permuted by its key: slot i holds block first + permute(i, size, key). All [n].
+    """
+
+    index: np.ndarray
+    size: np.ndarray
+    key: np.ndarray
+    first: np.ndarray
+    offset: np.ndarray
+
+    def blocks(self) -> np.ndarray:
+        """Return the number of each position's block in the epoch, [n] int64."""
+        return self.first + permute(self.index, self.size, self.key)
 
 
 class EpochOrder:
@@ -75,14 +143,14 @@ class EpochOrder:
     """
 
     def __init__(self, shard_sizes: np.ndarray, block: int, group: int, key: int):
-        shards = len(shard_sizes)
         self.block = block
-        self.key = key
-        order = permute(np.arange(shards), shards, hash64(key, 0))
+        order = permutations(len(shard_sizes), hash64(key, 0))[0]
         self.shard_start = (np.cumsum(shard_sizes) - shard_sizes)[order]  # first sample id, by permuted rank
         self.shard_size = shard_sizes[order]
         self.block_start = _starts(-(-self.shard_size // block))  # [shards + 1]: first block of each permuted shard
         self.group_start = np.append(self.block_start[:-1:group], self.block_start[-1])  # [groups + 1]: in blocks
+        self.group_size = np.diff(self.group_start)
+        self.group_key = hash64(key, 1, np.arange(len(self.group_size)))
 
         # Pretend that every block is full: then slot j covers the virtual positions [j * block, (j + 1) * block), and a
         # position becomes virtual by adding what the short blocks that ended before it lack.
@@ -96,22 +164,26 @@ class EpochOrder:
 
     def samples(self, position: np.ndarray) -> np.ndarray:
         """Return the sample ids at `position: [n] int64` of the epoch; [n] int64."""
+        slots = self.slots(position)
+        return self.samples_of(slots.blocks(), slots.offset)
+
+    def slots(self, position: np.ndarray) -> Slots:
+        """Return where `position: [n] int64` lie; many orders' slots may then be permuted in one pass."""
         virtual = position + self.lack[np.searchsorted(self.short_end, position, side="right")]
         slot, offset = np.divmod(virtual, self.block)
-        first, size, key = self._group_of(slot)
-        block = first + permute(slot - first, size, key)
+        group = np.searchsorted(self.group_start, slot, side="right") - 1
+        first = self.group_start[group]
+        return Slots(slot - first, self.group_size[group], self.group_key[group], first, offset)
+
+    def samples_of(self, block: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """Return the sample ids at an offset of a block of the epoch; [n] int64 each."""
         shard = np.searchsorted(self.block_start, block, side="right") - 1
         return self.shard_start[shard] + (block - self.block_start[shard]) * self.block + offset
 
     def _slot_of(self, block: np.ndarray) -> np.ndarray:
-        first, size, key = self._group_of(block)
-        return first + unpermute(block - first, size, key)
-
-    def _group_of(self, block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the first block, the number of blocks and the key of the group that each block (or slot) lies in."""
         group = np.searchsorted(self.group_start, block, side="right") - 1
         first = self.group_start[group]
-        return first, self.group_start[group + 1] - first, hash64(self.key, 1, group)
+        return first + unpermute(block - first, self.group_size[group], self.group_key[group])
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

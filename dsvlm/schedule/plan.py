@@ -4,6 +4,7 @@ Nothing here knows the world size or the micro-batch: those are settings of exec
 """
 
 import difflib
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 
 from dsvlm.schedule.keys import hash64, key64
 from dsvlm.schedule.mixture import Mixture
-from dsvlm.schedule.permutation import EpochOrder, permute
+from dsvlm.schedule.permutation import EpochOrder, Slots, permute
 
 SCHEDULE_VERSION = 1  # of the order that a schedule stands for: any change to the order must raise it
 STRATEGIES = ("accumulate", "mixed", "unified", "per_rank")
@@ -154,6 +155,7 @@ class Plan:
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
         self._sizes = [np.array(stream.shard_sizes, np.int64) for stream in schedule.streams]
+        self._epoch_sizes = np.array([stream.size for stream in schedule.streams], np.int64)
         self._keys = [key64("task", schedule.seed, stream.name) for stream in schedule.streams]
         self._mixture = Mixture(tuple(s.quota for s in schedule.streams), schedule.seed) if schedule.cyclic else None
         self._recent = {task: () for task in range(len(schedule.streams))}  # the two latest (epoch, EpochOrder) of each
@@ -174,21 +176,25 @@ class Plan:
 
     def locate(self, task: int, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (epoch: [n] int64, sample id: [n] int64) of `ordinals: [n] int64` of one task."""
-        epoch, position = np.divmod(np.asarray(ordinals, np.int64), self.schedule.streams[task].size)
-        sample = np.empty_like(position)
-        for number in np.unique(epoch).tolist():
-            here = epoch == number
-            sample[here] = self._order(task, number).samples(position[here])
-        return epoch, sample
+        return self.locate_all(np.full(len(ordinals), task), ordinals)
 
     def locate_all(self, tasks: np.ndarray, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (epoch: [n] int64, sample id: [n] int64) of samples of any tasks; `tasks: [n]`, `ordinals: [n]`."""
-        tasks, ordinals = np.asarray(tasks), np.asarray(ordinals, np.int64)
-        found = np.empty((2, len(ordinals)), np.int64)
-        for task in np.unique(tasks).tolist():
-            here = tasks == task
-            found[:, here] = self.locate(task, ordinals[here])
-        return found[0], found[1]
+        if not len(tasks):
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        epoch, position = np.divmod(np.asarray(ordinals, np.int64), self._epoch_sizes[tasks])
+        by_order = np.lexsort((epoch, tasks))
+        task, number, position = np.asarray(tasks)[by_order], epoch[by_order], position[by_order]
+        starts = np.flatnonzero((np.diff(task, prepend=-1) != 0) | (np.diff(number, prepend=-1) != 0)).tolist()
+        runs = [slice(start, stop) for start, stop in itertools.pairwise((*starts, len(task)))]
+        orders = [self._order(int(task[run.start]), int(number[run.start])) for run in runs]
+        # All tasks are permuted in one pass: its time is in the number of calls.
+        slots = [order.slots(position[run]) for order, run in zip(orders, runs, strict=True)]
+        slots = Slots(*map(np.concatenate, zip(*slots, strict=True)))
+        blocks, sample = slots.blocks(), np.empty_like(epoch)
+        for order, run in zip(orders, runs, strict=True):
+            sample[by_order[run]] = order.samples_of(blocks[run], slots.offset[run])
+        return epoch, sample
 
     def _order(self, task: int, epoch: int) -> EpochOrder:
         recent = self._recent[task]

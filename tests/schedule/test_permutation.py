@@ -6,7 +6,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dsvlm.schedule.keys import hash64, key64
-from dsvlm.schedule.permutation import EpochOrder, permute, unpermute
+from dsvlm.schedule.permutation import EpochOrder, permutations, permute, unpermute
 
 steady = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=60)
 keys = st.integers(0, 2**64 - 1)
@@ -111,6 +111,23 @@ GOLDEN_LARGE = [849864188700, 976690098434, 76792551452, 641505912086]
 GOLDEN_HASH = [10325816536137374975, 3328612897868070901]
 GOLDEN_KEYS = [4064067321079681232, 8776345373173897594, 11649395489872931308]
 GOLDEN_EPOCH = [0, 1, 2, 3, 4, 15, 16, 17, 18, 5, 6, 7, 14, 11, 12, 13, 8, 9, 10]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 36, 63, 64, 65, 1000])
+def test_whole_permutations(n):
+    """The table of a whole permutation, of many keys at once, is what its indices give one by one."""
+    keys = hash64(5, np.arange(7))
+    assert np.array_equal(permutations(n, keys), [permute(np.arange(n), n, key) for key in keys])
+
+
+def test_long_arrays():
+    """Arrays that are permuted in pieces, with a size and a key for each index."""
+    index, n = np.arange(20_000).reshape(4, 5000), np.array([[5000], [8191], [20_000], [2**40]])
+    key = hash64(1, np.arange(4))[:, None]
+    image = permute(index % n, n, key)
+    for row in range(4):
+        assert np.array_equal(image[row], permute(index[row] % n[row], int(n[row, 0]), int(key[row, 0])))
+    assert np.array_equal(unpermute(image, n, key), index % n)
 
 
 def test_no_overflow_warning():
