@@ -39,6 +39,8 @@ def identity_bytes(schedule: Schedule, recipe_hash: str, manifest_hashes: Sequen
         "chunk": int(schedule.chunk) if schedule.strategy == "per_rank" else 0,
         "streams": streams,
     }
+    if schedule.phases:  # a later field: schedules without phases keep the identity they had
+        described["phases"] = [[int(phase.start), *map(int, phase.shares)] for phase in schedule.phases]
     return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=32).digest()
 
 

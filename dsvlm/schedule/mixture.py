@@ -1,4 +1,8 @@
-"""Integer mixtures: which task each slot draws, exactly in proportion to its quota in every cycle."""
+"""Integer mixtures: the shares of tasks over phases of a run, and exact cursors of every task at any step."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -6,26 +10,112 @@ from dsvlm.schedule.keys import hash64, key64
 from dsvlm.schedule.permutation import permute
 
 
+class Phase(NamedTuple):
+    """Shares of all tasks from one step on: samples of each window, or quotas of a cycle; 0 pauses a task."""
+
+    start: int
+    shares: tuple[int, ...]
+
+
 class Mixture:
     """An endless sequence of slots, in cycles of Q = sum of quotas; a cycle is a permutation of the quotas' multiset.
 
-    `quotas: [tasks] int >= 1`. Random access: a slot needs its own cycle only, O(Q).
+    `quotas: [tasks] int >= 0`. Random access: a slot needs its own cycle only, O(Q); the last call's cycles are kept.
+    start: step at which the sequence begins in the run; sequences that begin elsewhere are shuffled otherwise.
     """
 
-    def __init__(self, quotas: tuple[int, ...], seed: int):
+    def __init__(self, quotas: Sequence[int], seed: int, start: int = 0):
         self.quotas = np.array(quotas, np.int64)
         self.tasks = np.repeat(np.arange(len(quotas)), self.quotas)  # [Q] the multiset, in task order
         self.rank = np.arange(len(self.tasks)) - np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
-        self.key = key64("mixture", seed)
+        self.key = key64("mixture", seed, start) if start else key64("mixture", seed)
+        self._held = (0, 0, self.tasks, self.rank)  # first cycle, last + 1, task and occurrence of their slots
 
     def slots(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (task, occurrence) of slots start..stop-1, [n] int64 each; occurrence counts a task's slots from 0."""
         length = len(self.tasks)
-        cycle = np.arange(start // length, -(-stop // length))[:, None]
+        first, last = start // length, -(-stop // length)
+        held = self._held  # once: another thread may draw other cycles meanwhile
+        if not held[0] <= first <= last <= held[1]:
+            held = self._held = (first, last, *self._draw(first, last))
+        own = slice(start - held[0] * length, stop - held[0] * length)
+        return held[2][own], held[3][own]
+
+    def before(self, slot: int) -> np.ndarray:
+        """Slots of each task among the first `slot` ones, [tasks] int64."""
+        cycles, rest = divmod(slot, len(self.tasks))
+        part = self.slots(slot - rest, slot)[0] if rest else self.tasks[:0]
+        return cycles * self.quotas + np.bincount(part, minlength=len(self.quotas))
+
+    def _draw(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        length = len(self.tasks)
+        cycle = np.arange(first, last)[:, None]
         place = np.arange(length)[None, :]
         task = self.tasks[permute(place, length, hash64(self.key, cycle))]  # [cycles, Q]
-        before = np.empty_like(task)  # occurrences of the slot's task earlier in its cycle
-        np.put_along_axis(before, np.argsort(task, axis=1, kind="stable"), self.rank[None, :], axis=1)
-        occurrence = cycle * self.quotas[task] + before
-        own = slice(start - int(cycle[0, 0]) * length, stop - int(cycle[0, 0]) * length)
-        return task.ravel()[own], occurrence.ravel()[own]
+        earlier = np.empty_like(task)  # occurrences of the slot's task earlier in its cycle
+        np.put_along_axis(earlier, np.argsort(task, axis=1, kind="stable"), self.rank[None, :], axis=1)
+        return task.ravel(), (cycle * self.quotas[task] + earlier).ravel()
+
+
+class Drawn:
+    """Blocks of windows whose chunks draw their tasks (unified, per_rank), over phases of quotas."""
+
+    def __init__(self, phases: Sequence[Phase], seed: int, chunks: int, chunk: int):
+        self.phases, self.seed, self.chunks, self.chunk = phases, seed, chunks, chunk
+        self.starts = [phase.start for phase in phases]
+        self._current = (0, self._mixture(0))
+        self.before = [np.zeros(len(phases[0].shares), np.int64)]  # chunks of each task before each phase
+        for index, stop in enumerate(self.starts[1:]):
+            drawn = self._mixture(index).before((stop - self.starts[index]) * chunks)
+            self.before.append(self.before[-1] + drawn)
+
+    def table(self, step: int) -> np.ndarray:
+        """Rows (task, first ordinal, count) of a window, [chunks, 3] int64."""
+        index, mixture = self._at(step)
+        slot = (step - self.starts[index]) * self.chunks
+        task, occurrence = mixture.slots(slot, slot + self.chunks)
+        ordinal = (self.before[index][task] + occurrence) * self.chunk
+        return np.stack([task, ordinal, np.full(self.chunks, self.chunk)], axis=1)
+
+    def cursors(self, step: int) -> np.ndarray:
+        """Samples of each task before a step, [tasks] int64."""
+        index, mixture = self._at(step)
+        return (self.before[index] + mixture.before((step - self.starts[index]) * self.chunks)) * self.chunk
+
+    def _at(self, step: int) -> tuple[int, Mixture]:
+        index = bisect_right(self.starts, step) - 1
+        current = self._current
+        if current[0] != index:
+            current = self._current = (index, self._mixture(index))
+        return current
+
+    def _mixture(self, index: int) -> Mixture:
+        return Mixture(self.phases[index].shares, self.seed, self.starts[index])
+
+
+class Taken:
+    """Blocks of windows that hold samples of all tasks (accumulate, mixed), over phases of samples per window."""
+
+    def __init__(self, phases: Sequence[Phase]):
+        self.starts = np.array([phase.start for phase in phases], np.int64)
+        self.shares = np.array([phase.shares for phase in phases], np.int64)  # [phases, tasks]
+        grown = np.cumsum(np.diff(self.starts)[:, None] * self.shares[:-1], axis=0)
+        self.before = np.concatenate([np.zeros_like(self.shares[:1]), grown])  # samples before each phase
+
+    def table(self, step: int) -> np.ndarray:
+        """Rows (task, first ordinal, count) of a window, [blocks, 3] int64."""
+        return rows(self.cursors(step), self.shares[self.phase(step)])
+
+    def cursors(self, step: int) -> np.ndarray:
+        """Samples of each task before a step, [tasks] int64."""
+        index = self.phase(step)
+        return self.before[index] + (step - self.starts[index]) * self.shares[index]
+
+    def phase(self, step: int) -> int:
+        return int(np.searchsorted(self.starts, step, side="right")) - 1
+
+
+def rows(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Rows (task, first ordinal, count) of the tasks that have samples, in the order of tasks; [blocks, 3] int64."""
+    task = np.flatnonzero(counts)
+    return np.stack([task, first[task], counts[task]], axis=1)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsvlm.schedule.controller import Controlled, Controller
 from dsvlm.schedule.keys import hash64, key64
-from dsvlm.schedule.mixture import Mixture
+from dsvlm.schedule.mixture import Drawn, Phase, Taken
 from dsvlm.schedule.permutation import EpochOrder, Slots, permute
 
 SCHEDULE_VERSION = 1  # of the order that a schedule stands for: any change to the order must raise it
@@ -22,7 +23,10 @@ ROUND_KINDS = ("task", "packed")
 
 @dataclass(frozen=True)
 class Stream:
-    """The samples of one task: `samples` per window (accumulate, mixed) or `quota` per cycle (unified, per_rank)."""
+    """The samples of one task: `samples` per window (accumulate, mixed) or `quota` per cycle (unified, per_rank).
+
+    Both are the task's own share: phases of the schedule, where there are any, say what it gets instead.
+    """
 
     name: str
     shard_sizes: tuple[int, ...]
@@ -40,6 +44,7 @@ class Schedule:
     """What a run trains on, in global quantities only; ValueError names the field, its value and what to change.
 
     `samples` (per window) and `chunk` (samples that draw one task) are for unified and per_rank; unified has one chunk.
+    `phases`: shares that change during the run; none = the streams' own throughout.
     """
 
     seed: int
@@ -50,6 +55,13 @@ class Schedule:
     group: int = 16
     samples: int = 0
     chunk: int = 0
+    phases: tuple[Phase, ...] = ()
+
+    @property
+    def table(self) -> tuple[Phase, ...]:
+        """The shares of all tasks, phase after phase."""
+        own = tuple(stream.quota if self.cyclic else stream.samples for stream in self.streams)
+        return self.phases or (Phase(0, own),)
 
     @property
     def cyclic(self) -> bool:
@@ -88,6 +100,22 @@ class Schedule:
                     f"schedule.chunk is {self.chunk}, which does not divide schedule.samples = {self.samples}: "
                     f"use samples = {self.samples - self.samples % self.chunk or self.chunk} or another chunk"
                 )
+        self._check_phases()
+
+    def _check_phases(self) -> None:
+        starts = [phase.start for phase in self.phases]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ValueError(f"schedule.phases start at {starts}: begin at step 0 and ascend")
+        for start, shares in self.phases:
+            if len(shares) != len(self.streams):
+                raise ValueError(
+                    f"schedule.phases: {len(shares)} shares from step {start} on for {len(self.streams)} tasks: "
+                    "give one of each, 0 for those that pause"
+                )
+            for stream, share in zip(self.streams, shares, strict=True):
+                _at_least(0, f"task {stream.name!r}: share from step {start} on", share)
+            if not any(shares):
+                raise ValueError(f"schedule.phases: every share is 0 from step {start} on: raise one of them")
 
 
 class Block(NamedTuple):
@@ -150,29 +178,31 @@ class Window:
 
 
 class Plan:
-    """The pure function from a step to its window, and from ordinals to samples; no I/O, any order of calls."""
+    """The pure function from a step to its window, and from ordinals to samples; no I/O, any order of calls.
 
-    def __init__(self, schedule: Schedule):
+    With a controller it is a pure function of the controller's state too, which `control` holds.
+    """
+
+    def __init__(self, schedule: Schedule, controller: Controller | None = None):
+        assert controller is None or not schedule.cyclic, "controllers leave tasks out of windows that hold all of them"
         self.schedule = schedule
         self._sizes = [np.array(stream.shard_sizes, np.int64) for stream in schedule.streams]
         self._epoch_sizes = np.array([stream.size for stream in schedule.streams], np.int64)
         self._keys = [key64("task", schedule.seed, stream.name) for stream in schedule.streams]
-        self._mixture = Mixture(tuple(s.quota for s in schedule.streams), schedule.seed) if schedule.cyclic else None
+        self.control = Controlled(schedule.table, controller) if controller else None
+        self._blocks = self.control or _blocks_of(schedule)
         self._recent = {task: () for task in range(len(schedule.streams))}  # the two latest (epoch, EpochOrder) of each
 
     def window(self, step: int) -> Window:
         """Return the window of update `step` (>= 0)."""
         assert step >= 0
         schedule = self.schedule
-        if schedule.cyclic:
-            chunk = schedule.samples if schedule.strategy == "unified" else schedule.chunk
-            chunks = schedule.samples // chunk
-            task, occurrence = self._mixture.slots(step * chunks, (step + 1) * chunks)
-            table = np.stack([task, occurrence * chunk, np.full(chunks, chunk)], axis=1)
-            return Window(step, table)
-        counts = np.array([stream.samples for stream in schedule.streams])
-        table = np.stack([np.arange(len(counts)), step * counts, counts], axis=1)
-        return Window(step, table, key64("mixed", schedule.seed, step) if schedule.strategy == "mixed" else None)
+        key = key64("mixed", schedule.seed, step) if schedule.strategy == "mixed" else None
+        return Window(step, self._blocks.table(step), key)
+
+    def cursors(self, step: int) -> np.ndarray:
+        """Return how many samples of each task come before a step, [tasks] int64: the ordinals that it begins with."""
+        return self._blocks.cursors(step)
 
     def locate(self, task: int, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (epoch: [n] int64, sample id: [n] int64) of `ordinals: [n] int64` of one task."""
@@ -205,6 +235,13 @@ class Plan:
         order = EpochOrder(self._sizes[task], self.schedule.block, self.schedule.group, key)
         self._recent[task] = ((epoch, order), *recent[:1])
         return order
+
+
+def _blocks_of(schedule: Schedule) -> Drawn | Taken:
+    if not schedule.cyclic:
+        return Taken(schedule.table)
+    chunk = schedule.samples if schedule.strategy == "unified" else schedule.chunk
+    return Drawn(schedule.table, schedule.seed, schedule.samples // chunk, chunk)
 
 
 def _at_least(low: int, field: str, value: int) -> None:
