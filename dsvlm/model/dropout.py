@@ -18,19 +18,22 @@ BITS = 53
 class KeyedDropout(AbstractContextManager):
     """Within this context `torch.nn.functional.dropout` draws its masks from sample keys.
 
-    row_keys: [B] int64, one per row; image_keys: [N] int64, one per image (`image_keys`).
+    row_keys: [B] int64, one per row; image_keys: [N] int64, one per image (`image_keys`). Packed rows: row_keys and
+    position [R, S] int64, the key of the sample at each place of the rows, and the place counted from its start.
     A mask element is a hash of (key of its sample or image, nonce of the call, position in the sample). The nonce comes
     from the CPU default generator, which the caller seeds equally on all ranks; `torch.utils.checkpoint` restores that
     generator, so a recomputed call draws the same mask (hold the context around the backward, too).
-    A tensor belongs to the rows or the images by its leading dimension; [B * S, D] is read as [B, S, D].
+    A tensor belongs to the rows or the images by its leading dimension; [B * S, D] is read as [B, S, D], and of packed
+    rows, [R, H, S, S] as attention weights.
 
     The function itself is replaced, in all threads, as the backward of a GPU recomputes in a thread of its own; a
     torch function mode is off during `Tensor.backward`.
     """
 
-    def __init__(self, row_keys: Tensor, image_keys: Tensor):
+    def __init__(self, row_keys: Tensor, image_keys: Tensor, position: Tensor | None = None):
         self.row_keys = row_keys
         self.image_keys = image_keys
+        self.position = position
 
     def __enter__(self) -> KeyedDropout:
         self.replaced, F.dropout = F.dropout, self._dropout
@@ -48,13 +51,14 @@ class KeyedDropout(AbstractContextManager):
         shape = x.shape
         if x.dim() == 2 and len(self.row_keys) > 0 and shape[0] % len(self.row_keys) == 0:
             x = x.unflatten(0, (len(self.row_keys), -1))  # OPT flattens rows and positions before its feed-forward
-        keep = keyed_uniform(self._keys(x), nonce, x.shape) >= int(p * 2**BITS)
+        keys, position = self._keys(x)
+        keep = keyed_uniform(keys, nonce, x.shape, position) >= int(p * 2**BITS)
         return (x * keep * (1.0 / (1.0 - p) if p < 1.0 else 0.0)).view(shape)
 
-    def _keys(self, x: Tensor) -> Tensor:
-        for keys in (self.row_keys, self.image_keys):
+    def _keys(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        for keys, position in ((self.row_keys, self.position), (self.image_keys, None)):
             if x.shape[0] == len(keys):
-                return keys
+                return keys, position
         raise ValueError(
             f"dropout of a tensor {tuple(x.shape)}: its leading dimension is neither the {len(self.row_keys)} rows nor "
             f"the {len(self.image_keys)} images of the batch, so its draws cannot be keyed by sample; set this "
@@ -62,18 +66,40 @@ class KeyedDropout(AbstractContextManager):
         )
 
 
-def keyed_uniform(keys: Tensor, nonce: int, shape: torch.Size) -> Tensor:
+def keyed_uniform(keys: Tensor, nonce: int, shape: torch.Size, position: Tensor | None = None) -> Tensor:
     """Integers uniform in [0, 2^53) that depend on (key, nonce, index) only, not on the sizes of the dimensions.
 
     keys: [shape[0]] int64; shape: at most 5 dimensions. Trailing dimensions are counted from the last, so that an
     absent dimension and a dimension of size 1 are the same.
+    With position [R, S] (packed rows), keys are [R, S] and shape [R, S, D] or [R, H, S, S] (attention weights, of
+    which the query has the key): positions take the place of the index along S, so that a sample has the integers of a
+    row of its own. Between two samples they mean nothing, as the weight there is 0. Other shapes are a ValueError.
     """
     if len(shape) - 1 > len(DIMENSION):
         raise ValueError(f"keyed dropout: at most {len(DIMENSION) + 1} dimensions, found {tuple(shape)}")
-    state = splitmix(keys ^ nonce).view(-1, *(1,) * (len(shape) - 1))
-    for back, factor in zip(range(1, len(shape)), DIMENSION, strict=False):
-        index = torch.arange(shape[-back], device=keys.device) * factor
-        state = state + index.view(-1, *(1,) * (back - 1))
+
+    def along(table: Tensor, back: int) -> Tensor:
+        """[shape[0] or 1, n] as a tensor with n at the dimension `back` from the end."""
+        return table.view(len(table), *(1,) * (len(shape) - 1 - back), -1, *(1,) * (back - 1))
+
+    count = [torch.arange(size, device=keys.device)[None] for size in shape[:0:-1]]
+    state = splitmix(keys ^ nonce)
+    if position is None:
+        state = state.view(-1, *(1,) * (len(shape) - 1))
+    else:
+        state = along(state, 2)
+        if len(shape) == 3 and shape[1] == position.shape[1]:
+            count[1] = position
+        elif len(shape) == 4 and shape[2:] == (position.shape[1],) * 2:
+            count[:2] = position, position
+        else:
+            raise ValueError(
+                f"dropout of a tensor {tuple(shape)} of packed rows {tuple(position.shape)}: its draws cannot be keyed "
+                "by sample, as it is neither [rows, positions, D] nor [rows, heads, positions, positions]; set this "
+                "module's dropout to 0, or the tasks' `pack` to false"
+            )
+    for back, (number, factor) in enumerate(zip(count, DIMENSION, strict=False), start=1):
+        state = state + along(number * factor, back)
     return (splitmix(state) >> (64 - BITS)) & (2**BITS - 1)
 
 

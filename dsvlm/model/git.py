@@ -17,7 +17,7 @@ from dsvlm.model.connector import Connector
 from dsvlm.model.dropout import KeyedDropout, image_keys
 from dsvlm.model.heads import HeadBank
 from dsvlm.model.loss import VocabHead
-from dsvlm.model.rows import Rows, assemble
+from dsvlm.model.rows import Layout, assemble, lay_out
 from dsvlm.model.vision import VisionEncoder, build_tower
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ class GitVlmConfig(PreTrainedConfig):
 class GitVlm(PreTrainedModel):
     """A vision-language model whose every forward runs every module, whatever the batch holds.
 
-    Rows are [own image tokens | own text]; images see images of their row, text sees them and its past. A batch without
-    images brings one dummy image; all heads of the bank run on all rows. Under ZeRO-3 ranks then agree on the modules.
+    A sample is [own image tokens | own text]; its images see each other, its text sees them and its past. A row holds a
+    sample, or several that do not see each other. A batch without images brings one dummy image; all heads of the bank
+    run on all samples. Under ZeRO-3 ranks then agree on the modules.
     """
 
     config_class = GitVlmConfig
@@ -92,17 +93,17 @@ class GitVlm(PreTrainedModel):
         """The loss of a batch as a sum, for normalisation over a window.
 
         Returns loss_sum [] = sum over targets of weight * nll (head losses included), at least fp32; and detached, per
-        row [B]: nll (unweighted sum), count (int64 targets), correct (int64 targets predicted right).
+        sample [B]: nll (unweighted sum), count (int64 targets), correct (int64 targets predicted right).
         """
         with self.keyed_dropout(batch):
-            hidden, start, pooled = self._states(batch)
+            hidden, row, start, pooled = self._states(batch)
         live = batch.targets != IGNORE
-        row, column = live.nonzero(as_tuple=True)
+        sample, column = live.nonzero(as_tuple=True)
         loss, nll, correct = self.get_output_embeddings()(
-            hidden[row, start[row] + column], batch.targets[row, column], batch.weight[row]
+            hidden[row[sample], start[sample] + column], batch.targets[sample, column], batch.weight[sample]
         )
         head_loss, head_nll, head_correct = self.heads(pooled, batch.head, batch.label, batch.weight)
-        # scattered back to [B, L] and summed along rows: no atomic additions, so equal in every run
+        # scattered back to [B, L] and summed along it: no atomic additions, so equal in every run
         table = torch.zeros(live.shape, dtype=nll.dtype, device=nll.device)
         return {
             "loss_sum": loss + head_loss,
@@ -114,16 +115,15 @@ class GitVlm(PreTrainedModel):
     def logits(self, batch: Batch) -> Tensor:
         """[B, L, vocab] logits at the positions of `batch.targets`: the whole tensor, for tests and evaluation."""
         with self.keyed_dropout(batch):
-            hidden, start, _ = self._states(batch)
+            hidden, row, start, _ = self._states(batch)
         column = torch.arange(batch.targets.shape[1], device=hidden.device)
         position = (start[:, None] + column).clamp(max=hidden.shape[1] - 1)
-        row = torch.arange(len(hidden), device=hidden.device)[:, None]
-        return self.get_output_embeddings()(hidden[row, position])
+        return self.get_output_embeddings()(hidden[row[:, None], position])
 
     def head_logits(self, batch: Batch, head: int) -> Tensor:
         """[B, classes] logits of one head of the bank."""
         with self.keyed_dropout(batch):
-            return self.heads.logits(self._states(batch)[2], head)
+            return self.heads.logits(self._states(batch)[-1], head)
 
     @torch.no_grad()
     def generate(
@@ -136,8 +136,9 @@ class GitVlm(PreTrainedModel):
         training = self.training
         self.eval()
         try:
-            rows = self._rows(pixels, image_row, tokens, lengths, flush_right=self.flow.FLUSH_RIGHT)
-            return self.flow.greedy(self.decoder, rows, max_new_tokens, eos_id, self.config.pad_token_id)
+            layout = lay_out(image_row, self.vision.tokens, lengths, flush_right=self.flow.FLUSH_RIGHT)
+            embeds = self._embeds(layout, pixels, tokens)
+            return self.flow.greedy(self.decoder, embeds, layout, max_new_tokens, eos_id, self.config.pad_token_id)
         finally:
             self.train(training)
 
@@ -149,7 +150,11 @@ class GitVlm(PreTrainedModel):
         if not self._drops():
             return nullcontext()
         _, image_row = self._images(batch)
-        return KeyedDropout(batch.keys, image_keys(batch.keys, image_row))
+        images = image_keys(batch.keys, image_row)
+        if batch.row is None:
+            return KeyedDropout(batch.keys, images)
+        layout = self._layout(batch, image_row)
+        return KeyedDropout(batch.keys[layout.sample.clamp(min=0)], images, layout.position)
 
     def _drops(self) -> bool:
         names = ("p", "dropout", "attention_dropout", "activation_dropout")
@@ -159,21 +164,22 @@ class GitVlm(PreTrainedModel):
     def _images(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Pixels and image rows; with dropout, a dummy more where as many images as rows could be taken for rows."""
         pixels, image_row = batch.pixels, batch.image_row
-        ambiguous = len(image_row) == len(batch.tokens)
-        if not ambiguous or torch.equal(image_row, torch.arange(len(image_row), device=image_row.device)):
-            return pixels, image_row
-        if not self._drops():
+        if batch.row is None:
+            index = torch.arange(len(batch.tokens), device=image_row.device)
+            ambiguous = len(image_row) == len(index) and not torch.equal(image_row, index)
+        else:
+            ambiguous = len(image_row) == int(batch.row[-1]) + 1
+        if not ambiguous or not self._drops():
             return pixels, image_row
         return torch.cat((pixels, torch.zeros_like(pixels[:1]))), nn.functional.pad(image_row, (0, 1), value=-1)
 
-    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pixels, image_row = self._images(batch)
-        rows = self._rows(pixels, image_row, batch.tokens, batch.lengths)
-        return self.flow.states(self.decoder, rows, batch)
+        layout = self._layout(batch, image_row)
+        return self.flow.states(self.decoder, self._embeds(layout, pixels, batch.tokens), layout, batch)
 
-    def _rows(
-        self, pixels: Tensor, image_row: Tensor, tokens: Tensor, lengths: Tensor, flush_right: bool = False
-    ) -> Rows:
-        features = self.connector(self.vision(pixels))
-        text = self.get_input_embeddings()(tokens)
-        return assemble(features, image_row, text, lengths, flush_right=flush_right)
+    def _layout(self, batch: Batch, image_row: Tensor) -> Layout:
+        return lay_out(image_row, self.vision.tokens, batch.lengths, row=batch.row, width=batch.width)
+
+    def _embeds(self, layout: Layout, pixels: Tensor, tokens: Tensor) -> Tensor:
+        return assemble(layout, self.connector(self.vision(pixels)), tokens, self.get_input_embeddings())

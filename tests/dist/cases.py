@@ -109,17 +109,17 @@ def weights_after(recipe, steps: int, drop_dummy: bool = False) -> dict[str, np.
 
 def skip_vision_without_images(model) -> None:
     """What a model without the constant module signature does: no image, no tower and no connector."""
-    rows = model._rows
+    embeds = model._embeds
 
-    def without(pixels, image_row, tokens, lengths, flush_right=False):
-        if (image_row < 0).all():
-            from dsvlm.model.rows import assemble
+    def without(layout, pixels, tokens):
+        if layout.is_image.any():
+            return embeds(layout, pixels, tokens)
+        from dsvlm.model.rows import assemble
 
-            text = model.get_input_embeddings()(tokens)
-            return assemble(text.new_zeros(1, 5, text.shape[-1]), image_row, text, lengths, flush_right=flush_right)
-        return rows(pixels, image_row, tokens, lengths, flush_right)
+        embed = model.get_input_embeddings()
+        return assemble(layout, torch.zeros(1, 5, embed.embedding_dim), tokens, embed)
 
-    model._rows = without
+    model._embeds = without
 
 
 def go_straight(recipe, directory: str, steps: int, then: int) -> tuple[str, list, dict]:

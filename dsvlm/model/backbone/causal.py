@@ -6,34 +6,35 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsvlm.model.rows import Rows
+from dsvlm.model.rows import Layout
 from dsvlm.ops import GitMask
 
 FLUSH_RIGHT = True  # cached decoding appends at the right end, so prompts end there: one interval of keys per row
 
 
-def states(decoder: PreTrainedModel, rows: Rows, batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states before the vocabulary head.
+def states(decoder: PreTrainedModel, embeds: Tensor, layout: Layout, batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states before the vocabulary head; no sample of a packed row sees another.
 
-    Returns hidden [B, S, D], the position in it of each row's first target column [B], and the last text token's
-    state [B, D].
+    embeds: [R, S, D]. Returns hidden [R, S, D]; the row and the position in it of each sample's first target column,
+    [B] each; and the state of its last text token [B, D].
     """
-    width = rows.embeds.shape[1]
-    check_length(decoder, width)
-    mask = GitMask.from_lengths(rows.image_lens, rows.text_lens, width)
+    check_length(decoder, layout.longest)
+    mask = GitMask.from_segments(layout.sample, layout.is_image)
     hidden = decoder.base_model(
-        inputs_embeds=rows.embeds, attention_mask=mask.as_hf(), position_ids=mask.position_ids(), use_cache=False
+        inputs_embeds=embeds, attention_mask=mask.as_hf(), position_ids=mask.position_ids(), use_cache=False
     ).last_hidden_state
-    last = torch.arange(len(hidden), device=hidden.device), rows.lengths - 1
-    return hidden, rows.image_lens, hidden[last]
+    last = hidden[layout.row, layout.start + layout.lengths - 1]
+    return hidden, layout.row, layout.start + layout.image_lens, last
 
 
-def greedy(decoder: PreTrainedModel, rows: Rows, max_new_tokens: int, eos_id: int, pad_id: int) -> Tensor:
+def greedy(
+    decoder: PreTrainedModel, embeds: Tensor, layout: Layout, max_new_tokens: int, eos_id: int, pad_id: int
+) -> Tensor:
     """Greedy continuation of rows that are flush right; [B, <= max_new_tokens] int64, pad after the first EOS."""
-    width, first = rows.embeds.shape[1], rows.embeds.shape[1] - rows.lengths
+    width, first = embeds.shape[1], layout.start
     check_length(decoder, width + max_new_tokens)
-    mask = GitMask.from_segments(rows.real.long() - 1, rows.is_image)
-    embeds, attention, positions, cache = rows.embeds, mask.as_hf(), mask.position_ids(), None
+    mask = GitMask.from_segments(layout.sample, layout.is_image)
+    attention, positions, cache = mask.as_hf(), mask.position_ids(), None
     done = torch.zeros_like(first, dtype=torch.bool)
     tokens = []
     for step in range(max_new_tokens):
@@ -53,15 +54,15 @@ def greedy(decoder: PreTrainedModel, rows: Rows, max_new_tokens: int, eos_id: in
         embeds = decoder.get_input_embeddings()(tokens[-1])[:, None]
         seen = torch.full_like(first, width + step + 1)
         attention = torch.stack((first, seen), dim=-1).to(torch.int32)[:, None, None]
-        positions = (rows.lengths + step)[:, None]
+        positions = (layout.lengths + step)[:, None]
     return torch.stack(tokens, dim=1)
 
 
-def check_length(decoder: PreTrainedModel, width: int) -> None:
-    """ValueError when rows are longer than a learned position table."""
+def check_length(decoder: PreTrainedModel, length: int) -> None:
+    """ValueError when a sample is longer than a learned position table."""
     limit = decoder.config.max_position_embeddings
-    if decoder.config.model_type == "opt" and width > limit:
+    if decoder.config.model_type == "opt" and length > limit:
         raise ValueError(
-            f"decoder: a row of {width} tokens (images and text) exceeds max_position_embeddings {limit}; "
+            f"decoder: a sample of {length} tokens (images and text) exceeds max_position_embeddings {limit}; "
             "shorten the text, use fewer image tokens, or raise max_position_embeddings"
         )

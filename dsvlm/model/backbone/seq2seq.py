@@ -6,35 +6,42 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsvlm.model.rows import Rows
+from dsvlm.model.rows import Layout
 
 FLUSH_RIGHT = False
 
 
-def states(decoder: PreTrainedModel, rows: Rows, batch) -> tuple[Tensor, Tensor, Tensor]:
+def states(decoder: PreTrainedModel, embeds: Tensor, layout: Layout, batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states before the vocabulary head.
 
-    Returns hidden [B, T, D], the position in it of each row's first target column [B] (0), and the encoder's state of
-    the last source token [B, D].
+    embeds: [B, S, D]. Returns hidden [B, T, D]; the row and the position in it of each sample's first target column,
+    [B] each (its own, and 0); and the encoder's state of the last source token [B, D]. Packed rows are a ValueError.
     """
-    source = encode(decoder, rows)
+    if batch.row is not None:
+        raise ValueError(
+            "decoder: an encoder-decoder has no mask that keeps several samples of a row apart; set the tasks' `pack` "
+            "to false"
+        )
+    source = encode(decoder, embeds, layout)
     target = decoder.get_input_embeddings()(batch.decoder_tokens)
     position = torch.arange(target.shape[1], device=target.device)
     target = torch.where((position < batch.decoder_lengths[:, None])[..., None], target, 0)
     hidden = decoder.decoder(
         inputs_embeds=target,
         encoder_hidden_states=source,
-        encoder_attention_mask=rows.real.long(),
+        encoder_attention_mask=layout.real.long(),
         use_cache=False,
     ).last_hidden_state
-    last = torch.arange(len(source), device=source.device), rows.lengths - 1
-    return scaled(decoder, hidden), torch.zeros_like(rows.lengths), source[last]
+    last = source[layout.row, layout.lengths - 1]
+    return scaled(decoder, hidden), layout.row, torch.zeros_like(layout.row), last
 
 
-def greedy(decoder: PreTrainedModel, rows: Rows, max_new_tokens: int, eos_id: int, pad_id: int) -> Tensor:
+def greedy(
+    decoder: PreTrainedModel, embeds: Tensor, layout: Layout, max_new_tokens: int, eos_id: int, pad_id: int
+) -> Tensor:
     """Greedy decoding from the start token; [B, <= max_new_tokens] int64, pad after the first EOS."""
-    source, seen, cache = encode(decoder, rows), rows.real.long(), None
-    token = torch.full_like(rows.lengths, decoder.config.decoder_start_token_id)
+    source, seen, cache = encode(decoder, embeds, layout), layout.real.long(), None
+    token = torch.full_like(layout.row, decoder.config.decoder_start_token_id)
     done = torch.zeros_like(token, dtype=torch.bool)
     tokens = []
     for _ in range(max_new_tokens):
@@ -55,9 +62,9 @@ def greedy(decoder: PreTrainedModel, rows: Rows, max_new_tokens: int, eos_id: in
     return torch.stack(tokens, dim=1)
 
 
-def encode(decoder: PreTrainedModel, rows: Rows) -> Tensor:
+def encode(decoder: PreTrainedModel, embeds: Tensor, layout: Layout) -> Tensor:
     """[B, S, D] encoder states of the rows."""
-    return decoder.encoder(inputs_embeds=rows.embeds, attention_mask=rows.real.long()).last_hidden_state
+    return decoder.encoder(inputs_embeds=embeds, attention_mask=layout.real.long()).last_hidden_state
 
 
 def scaled(decoder: PreTrainedModel, hidden: Tensor) -> Tensor:
