@@ -1,8 +1,7 @@
-"""The index of a shard: one Arrow row per sample, saying where in the tar each member lies."""
+"""The index of a shard: one Arrow row per sample, saying where each member lies."""
 
 import re
 import struct
-import tarfile
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +12,13 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from dsvlm.data.manifest import arrow_bytes
+from dsvlm.data.stream import LocalFile, Stream
+from dsvlm.data.tar import DamagedTar, Member, walk
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "image")                  # `image`: a column of a parquet file
 MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)        # WebDataset: key up to the first dot
-BLOCK = 512
+PAYLOAD = 16 * 2**20                                                      # bytes of a member held at once
 
 
 class Row(NamedTuple):
@@ -46,10 +47,19 @@ def image_size(data: bytes) -> tuple[int, int]:
         return 0, 0
 
 
-def index_row(key: str, members: dict[str, tuple[int, bytes]]) -> Row:
-    """The row of one sample from `members`: extension -> (offset in the tar, payload)."""
-    found = {ext: (offset, len(data), crc32(data)) for ext, (offset, data) in sorted(members.items())}
-    image = next((data for ext, (_, data) in sorted(members.items()) if is_image(ext)), None)
+def index_row(key: str, members: dict[str, tuple[int, bytes]], image: str | None = None) -> Row:
+    """The row of one sample from `members`: extension -> (offset, payload); image: see `make_row`."""
+    found = {ext: (offset, len(data), crc32(data)) for ext, (offset, data) in members.items()}
+    first = image or next((ext for ext in sorted(members) if is_image(ext)), None)
+    return make_row(key, found, members[first][1] if first in members else None)
+
+
+def make_row(key: str, members: dict[str, tuple[int, int, int]], image: bytes | None) -> Row:
+    """The row of one sample from `members`: extension -> (offset, size, crc32).
+
+    image: the bytes (or the first of them) of the one that trains; None = none.
+    """
+    found = dict(sorted(members.items()))
     width, height = (0, 0) if image is None else image_size(image)
     crc = crc32(struct.pack(f"<{len(found)}I", *(member[2] for member in found.values())))
     return Row(key, min(width, 0xFFFF), min(height, 0xFFFF), crc, found)
@@ -72,39 +82,51 @@ def index_table(rows: list[Row]) -> pa.Table:
 
 
 def index_tar(path) -> pa.Table:
-    """Scan an uncompressed tar (ours or any WebDataset tar that stdlib tarfile reads) into an index table.
+    """Scan an uncompressed tar (ours or any WebDataset tar) into an index table.
 
-    ValueError when the tar is truncated or damaged, holds no sample, a member is sparse, a sample has two members of
-    one extension, or the members of a sample are not adjacent.
+    ValueError when the tar is truncated or damaged, holds no sample, a member is sparse or its name leaves the
+    archive, a sample has two members of one extension, or the members of a sample are not adjacent.
     """
     path = Path(path)
-    groups: dict[str, dict[str, tuple[int, bytes]]] = {}
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    file = LocalFile(path)
+    return scan_tar(str(path), Stream(file.read, file.size))
+
+
+def scan_tar(name: str, stream: Stream, image: str | None = None) -> pa.Table:
+    """As `index_tar`, of a stream that messages call `name`; image: extension of the image, default the first."""
     rows: list[Row] = []
-    with _open_tar(path) as tar:
-        try:
-            for member in tar:
-                match = MEMBER_NAME.fullmatch(member.name)
-                if not member.isreg() or match is None:
-                    continue
-                key, ext = match[1], match[2].lower()
-                if key.startswith("__") and key.endswith("__"):     # WebDataset keeps such names for itself
-                    continue
-                if key not in groups:
-                    _close_group(groups, rows)
-                elif groups[key] is None:
-                    raise ValueError(f"{path}: the members of sample {key!r} are not adjacent: "
+    seen: set[str] = set()
+    key, members, head = None, {}, None
+    try:
+        for member in walk(stream):
+            match = MEMBER_NAME.fullmatch(member.name)
+            if not member.regular or match is None:
+                continue
+            found, ext = match[1], match[2].lower()
+            if found.startswith("__") and found.endswith("__"):       # WebDataset keeps such names for itself
+                continue
+            _check_member(name, member)
+            if found != key:
+                if key is not None:
+                    rows.append(make_row(key, members, _first_image(members, image, head)))
+                if found in seen:
+                    raise ValueError(f"{name}: the members of sample {found!r} are not adjacent: "
                                      f"write the tar again with sorted names")
-                if ext in groups.setdefault(key, {}):
-                    raise ValueError(f"{path}: sample {key!r} has two members {ext!r}: give each its own extension")
-                if member.issparse():
-                    raise ValueError(f"{path}: member {member.name!r} is sparse: write the tar without --sparse")
-                groups[key][ext] = (member.offset_data, tar.extractfile(member).read())
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(_damaged(path, tar.offset, groups, str(error))) from error
-        _close_group(groups, rows)
-        _check_end(path, tar, groups)
-    if not rows:
-        raise ValueError(f"{path} holds no sample (no member named KEY.EXTENSION)")
+                seen.add(found)
+                key, members, head = found, {}, {}
+            if ext in members:
+                raise ValueError(f"{name}: sample {key!r} has two members {ext!r}: give each its own extension")
+            crc, start = _payload(stream, member)
+            members[ext] = (member.offset, member.size, crc)
+            if is_image(ext) or ext == image:
+                head[ext] = start
+    except DamagedTar as error:
+        raise ValueError(_damaged(name, error, key)) from error
+    if key is None:
+        raise ValueError(f"{name} holds no sample (no member named KEY.EXTENSION)")
+    rows.append(make_row(key, members, _first_image(members, image, head)))
     return index_table(rows)
 
 
@@ -126,15 +148,23 @@ def write_index(path) -> dict:
 
 
 class ShardIndex:
-    """One shard's index, mapped into memory: columns are zero-copy numpy arrays of shape [samples]."""
+    """One shard's index, mapped into memory: columns are zero-copy numpy arrays of shape [samples].
 
-    def __init__(self, path):
+    image: extension of the image that trains; default: the first in the order of extensions that a sample has.
+    """
+
+    def __init__(self, path, image: str | None = None):
         with pa.memory_map(str(path)) as source:          # the mapping outlives the file: no descriptor stays open
             self._batch = pa.ipc.open_file(source).get_batch(0)
         self._columns = {name: self._batch.column(name).to_numpy(zero_copy_only=True)
                          for name in self._batch.schema.names if name != "key"}
         self.samples = self._batch.num_rows
         self.extensions = tuple(n.removesuffix(".offset") for n in self._columns if n.endswith(".offset"))
+        self.images = (image,) if image in self.extensions else tuple(filter(is_image, self.extensions))
+        # Indexing a view gives a Python int, several times faster than a numpy scalar.
+        self._members = {ext: tuple(memoryview(self._columns[f"{ext}.{field}"]) for field in ("offset", "size", "crc"))
+                         for ext in self.extensions}
+        self.crc = memoryview(self._columns["crc"])
 
     @property
     def table(self) -> pa.Table:
@@ -151,48 +181,41 @@ class ShardIndex:
 
     def member(self, row: int, extension: str) -> tuple[int, int, int] | None:
         """(offset, size, crc32) of a member; None when the sample has none of this extension."""
-        if extension not in self.extensions:
+        columns = self._members.get(extension)
+        if columns is None:
             return None
-        offset, size, crc = (int(self.column(f"{extension}.{field}")[row]) for field in ("offset", "size", "crc"))
-        return (offset, size, crc) if offset else None
+        offset, size, crc = columns
+        return (offset[row], size[row], crc[row]) if offset[row] else None
 
     def image(self, row: int) -> str | None:
-        """The extension of the sample's first image; None when it has no image."""
-        return next((e for e in self.extensions if is_image(e) and self.member(row, e) is not None), None)
+        """The extension of the sample's image; None when it has no image."""
+        return next((ext for ext in self.images if self._members[ext][0][row]), None)
 
 
-def _open_tar(path: Path) -> tarfile.TarFile:
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-    try:
-        return tarfile.open(path, "r:", encoding="utf-8")
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not an uncompressed tar ({error}): decompress it, or copy it again") from error
+def _check_member(name: str, member: Member) -> None:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise ValueError(f"{name}: member name {member.name!r} leaves the archive: write the tar with relative names")
+    if member.size >= 2**32:
+        raise ValueError(f"{name}: member {member.name!r} has {member.size} bytes: at most 2^32-1 can be indexed")
 
 
-def _close_group(groups: dict, rows: list[Row]) -> None:
-    """Turn the last group into a row and drop its payloads; its key stays, to find members that are not adjacent."""
-    key = next(reversed(groups), None)
-    if key is not None and groups[key] is not None:
-        rows.append(index_row(key, groups[key]))
-        groups[key] = None
+def _payload(stream: Stream, member: Member) -> tuple[int, bytes]:
+    """(crc32, first bytes) of a member; a large one is read piece by piece."""
+    crc, start = 0, None
+    for at in range(member.offset, member.offset + member.size, PAYLOAD):
+        piece = stream.read(at, min(PAYLOAD, member.offset + member.size - at))
+        crc = crc32(piece, crc)
+        start = piece if start is None else start
+    return crc, start or b""
 
 
-def _check_end(path: Path, tar: tarfile.TarFile, groups: dict) -> None:
-    """After the last member come two zero blocks and nothing but zeros; tarfile takes a bad header as the end."""
-    with path.open("rb") as file:
-        file.seek(tar.offset)
-        block = file.read(2 * BLOCK)
-        rest = block
-        while rest and not rest.strip(b"\0"):
-            rest = file.read(1 << 20)
-    if rest.strip(b"\0"):
-        raise ValueError(_damaged(path, tar.offset, groups, "damaged header, or data after the end of the archive"))
-    if len(block) < 2 * BLOCK:
-        raise ValueError(_damaged(path, tar.offset, groups, "truncated, the end mark is missing"))
+def _first_image(members: dict, image: str | None, heads: dict[str, bytes]) -> bytes | None:
+    first = image or next((ext for ext in sorted(members) if is_image(ext)), None)
+    return heads.get(first)
 
 
-def _damaged(path: Path, offset: int, groups: dict, why: str) -> str:
-    last = next(reversed(groups), None)
-    after = "before the first sample" if last is None else f"after a member of sample {last!r}"
-    return f"{path} is damaged at byte {offset}, {after}: {why}; copy or convert it again"
+def _damaged(name: str, error: DamagedTar, key: str | None) -> str:
+    if not error.offset:
+        return f"{name} is not an uncompressed tar ({error.why}): decompress it, or copy it again"
+    after = "before the first sample" if key is None else f"after a member of sample {key!r}"
+    return f"{name} is damaged at byte {error.offset}, {after}: {error.why}; copy or convert it again"

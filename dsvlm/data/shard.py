@@ -7,8 +7,9 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from dsvlm.data.index import BLOCK, Row, index_row, index_table
+from dsvlm.data.index import Row, index_row, index_table
 from dsvlm.data.manifest import MANIFEST, SHARDS, arrow_bytes, manifest_bytes
+from dsvlm.data.tar import BLOCK
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 EXTENSION = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
