@@ -13,24 +13,16 @@ LOCATIONS = re.compile(r"((?:<loc_\d+>\s*)+)")  # a run of location tokens
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0..3 of a trained vocabulary
 
 
-class TextCodec:
-    """Text and location tokens to ids and back.
+class Encoder:
+    """Text and location tokens to ids: the half of a codec that processes which only read need, light to load.
 
-    tokenizer: a Hugging Face fast tokenizer that knows the location tokens of `bins` bins.
+    backend: a `tokenizers.Tokenizer` that knows the location tokens of `bins` bins; control: ids that no text may have;
+    space: what stands before a segment that is not its row's first.
     """
 
-    def __init__(self, tokenizer, bins: int):
-        self.tokenizer, self.bins = tokenizer, bins
-        if tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer: it has no end-of-sequence token, so no answer could end; set eos_token in it")
-        self.eos_id = tokenizer.eos_token_id
-        self.bos_id = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.control = {self.bos_id, self.eos_id, self.pad_id} - {tokenizer.unk_token_id}
-        self.size = len(tokenizer)
-        self.first_location = tokenizer.convert_tokens_to_ids(location_tokens(bins)[0])
-        # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself.
-        self.space = " " if tokenizer.tokenize("a") != tokenizer.tokenize(" a") else ""
+    def __init__(self, backend, bins: int, *, bos_id: int, eos_id: int, pad_id: int, control: set[int], space: str):
+        self.backend, self.bins, self.space = backend, bins, space
+        self.bos_id, self.eos_id, self.pad_id, self.control = bos_id, eos_id, pad_id, control
 
     def encode(self, segment: Text | Boxes, first: bool) -> list[int]:
         """Ids of one segment, without special tokens; `first`: nothing stands before it in its row."""
@@ -41,8 +33,36 @@ class TextCodec:
             text = segment.text if glued else self.space + segment.text
         # A "</s>" that stands in the data is text, not the end of the sequence. Unigram vocabularies hold it as a piece
         # like any other, and find it all the same: it is left out.
-        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        self.backend.encode_special_tokens = True
+        ids = self.backend.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i not in self.control]
+
+
+class TextCodec(Encoder):
+    """Text and location tokens to ids and back.
+
+    tokenizer: a Hugging Face fast tokenizer that knows the location tokens of `bins` bins.
+    """
+
+    def __init__(self, tokenizer, bins: int):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: it has no end-of-sequence token, so no answer could end; set eos_token in it")
+        self.tokenizer = tokenizer
+        eos = tokenizer.eos_token_id
+        bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        control = {bos, eos, pad} - {tokenizer.unk_token_id}
+        # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself.
+        space = " " if tokenizer.tokenize("a") != tokenizer.tokenize(" a") else ""
+        backend = tokenizer.backend_tokenizer
+        super().__init__(backend, bins, bos_id=bos, eos_id=eos, pad_id=pad, control=control, space=space)
+        self.size = len(tokenizer)
+        self.first_location = tokenizer.convert_tokens_to_ids(location_tokens(bins)[0])
+
+    def encoder(self) -> Encoder:
+        """The half that turns text into ids."""
+        ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id, "control": self.control}
+        return Encoder(self.backend, self.bins, **ids, space=self.space)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens dropped, location tokens kept."""

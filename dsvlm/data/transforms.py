@@ -1,5 +1,8 @@
 """From encoded image to pixels."""
 
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
@@ -8,6 +11,34 @@ from dsvlm.data.index import IMAGE_FORMATS
 from dsvlm.data.reader import BadSample
 
 MAX_PIXELS = 64 * 10**6
+DECODERS = ("pillow", "simplejpeg")
+
+
+def resolve_decoder(name: str) -> str:
+    """The decoder that `auto` stands for here; another name unchanged."""
+    if name != "auto":
+        return name
+    return "simplejpeg" if find_spec("simplejpeg") else "pillow"
+
+
+def check_decoder(name: str) -> None:
+    """ValueError when a decoder cannot be had here: another one would give other pixels."""
+    assert name in DECODERS, name
+    if not find_spec({"pillow": "PIL"}.get(name, name)):
+        raise ValueError(
+            f"data.decoder: the images of this run are decoded by {name}, which is not installed here: "
+            f"pip install {name}; a run that has not begun can have data.decoder: pillow"
+        )
+
+
+def make_decoder(name: str, size: int, dct_scaling: bool = False) -> Callable[[bytes], np.ndarray]:
+    """A function from an encoded image to uint8 [3, size, size] (read-only, any strides); see `decode_image`.
+
+    name: pillow, or simplejpeg for the JPEGs it can do; dct_scaling: JPEGs twice as large as needed, or more, are
+    decoded at a half, quarter or eighth. Both change pixels a little.
+    """
+    check_decoder(name)
+    return partial({"pillow": _pillow, "simplejpeg": _simplejpeg}[name], size=size, dct_scaling=dct_scaling)
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
@@ -16,14 +47,50 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     data: encoded PNG, JPEG or WebP. Returns uint8 [3, size, size]. BadSample when the header states more than 64
     megapixels (nothing is decoded then) or the image does not decode.
     """
+    return _pillow(data, size, dct_scaling=False).copy()
+
+
+def _pillow(data: bytes, size: int, dct_scaling: bool) -> np.ndarray:
     from PIL import Image
 
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
-                image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-                return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    except Exception as error:         # Pillow's parsers raise nearly every type on damaged bytes
+                if dct_scaling:
+                    image.draft("RGB", (size, size))
+                return _planes(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    except Exception as error:  # Pillow's parsers raise nearly every type on damaged bytes
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})") from error
-    raise BadSample(f"the image has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels")
+    raise _too_large(width, height)
+
+
+def _simplejpeg(data: bytes, size: int, dct_scaling: bool) -> np.ndarray:
+    import simplejpeg
+    from PIL import Image
+
+    least = size if dct_scaling else 0
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if width * height > MAX_PIXELS:
+            raise _too_large(width, height)
+        if colours not in ("YCbCr", "RGB", "Gray"):
+            return _pillow(data, size, dct_scaling)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least)
+    except BadSample:
+        raise
+    except ValueError:  # another format, or a JPEG that it refuses
+        return _pillow(data, size, dct_scaling)
+    if pixels.shape[:2] == (size, size):
+        return pixels.transpose(2, 0, 1)
+    return _planes(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _planes(image) -> np.ndarray:
+    """[3, height, width] of an RGB image; Pillow writes each line channel by channel, which copies fastest."""
+    width, height = image.size
+    return np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(height, 3, width).transpose(1, 0, 2)
+
+
+def _too_large(width: int, height: int) -> BadSample:
+    return BadSample(f"the image has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels")
