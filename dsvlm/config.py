@@ -104,7 +104,7 @@ class MixtureConfig:
     kind: str  # proportional (to samples) | temperature (samples^alpha) | annealed (alpha falls from 1) | piecewise
     alpha: float = 0.5  # exponent of temperature; last one of annealed
     parts: int = 10  # of the run, each with shares of its own (annealed, piecewise)
-    points: dict = field(default_factory=dict)  # piecewise: task -> "step:share,...", linear in between
+    points: dict = field(default_factory=dict)  # piecewise: task -> "step:factor,..." of its own share, linear between
     cycle: int = 0  # sum of the quotas; default: one epoch of all tasks (proportional), 100 (others)
 
 
@@ -265,9 +265,11 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 def parse_recipe(raw: dict) -> Recipe:
     from dsvlm.config_checks import check_recipe
+    from dsvlm.config_schedule import check_shares
 
     recipe = build(Recipe, raw, "")
     check_recipe(recipe)
+    check_shares(recipe)
     return recipe
 
 

@@ -16,7 +16,7 @@ _DIGITS = decimal.Context(prec=40)
 Curve = Sequence[tuple[int, Fraction]]  # (step, value), ascending; linear in between, constant outside
 
 
-def largest_remainder(weights: Sequence[Fraction], total: int) -> tuple[int, ...]:
+def largest_remainder(weights: Sequence[Fraction | int], total: int) -> tuple[int, ...]:
     """Split `total` in proportion to weights (>= 0) by largest remainders; a positive weight gets at least 1.
 
     Of equal remainders the first are rounded up. Raises ValueError when `total` has not 1 for each positive weight.
@@ -68,10 +68,10 @@ def epoch_quotas(sizes: Sequence[int], chunk: int) -> tuple[int, ...]:
     Where that is more than LONGEST_CYCLE, in the same proportions.
     """
     quotas = tuple(-(-size // chunk) for size in sizes)
-    return quotas if sum(quotas) <= LONGEST_CYCLE else largest_remainder([Fraction(q) for q in quotas], LONGEST_CYCLE)
+    return quotas if sum(quotas) <= LONGEST_CYCLE else largest_remainder(quotas, LONGEST_CYCLE)
 
 
-def fixed(weights: Sequence[Fraction], total: int) -> tuple[Phase, ...]:
+def fixed(weights: Sequence[Fraction | int], total: int) -> tuple[Phase, ...]:
     """One phase with shares in proportion to weights."""
     return (Phase(0, largest_remainder(weights, total)),)
 

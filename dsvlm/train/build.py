@@ -3,19 +3,23 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from dsvlm.config import Recipe, TaskConfig, nearest
+from dsvlm.config_schedule import DRAWN, parse_points
 from dsvlm.data.index import is_image
 from dsvlm.data.loader import Loader, LoaderConfig, Source
 from dsvlm.data.manifest import Manifest, check_files, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Text
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer, train_tokenizer
+from dsvlm.schedule import shares
+from dsvlm.schedule.controller import CONTROLLERS, Controller
 from dsvlm.schedule.digest import identity_bytes
+from dsvlm.schedule.mixture import Phase
 from dsvlm.schedule.plan import Plan, Schedule, Stream
 from dsvlm.schedule.strategy import deal
 from dsvlm.tasks import TASK_TYPES, TaskType
@@ -49,10 +53,47 @@ def plan_run(recipe: Recipe) -> Planned:
     schedule = Schedule(
         seed=recipe.seed, strategy=options.strategy, streams=streams, rounds=options.rounds, block=options.block,
         group=options.group, samples=options.samples, chunk=options.chunk,
+        phases=phase_table(recipe, [stream.size for stream in streams]),
     )  # fmt: skip
     hashes = [manifest.hash for manifest in manifests.values()]
     identity = identity_bytes(schedule, recipe.identity_hash(), hashes)
-    return Planned(recipe, manifests, schedule, Plan(schedule), identity)
+    return Planned(recipe, manifests, schedule, Plan(schedule, make_controller(recipe)), identity)
+
+
+def phase_table(recipe: Recipe, sizes: Sequence[int]) -> tuple[Phase, ...]:
+    """The shares of all tasks (of `sizes` samples each) over the run; none when they are the tasks' own throughout."""
+    options, mixture, drawn = recipe.schedule, recipe.schedule.mixture, recipe.schedule.strategy in DRAWN
+    own = tuple(task.quota or task.samples if drawn else task.samples for task in recipe.tasks.values())
+    if mixture is not None:
+        phases = mixture_phases(recipe, sizes, own, mixture.cycle or 100 if drawn else sum(own))
+    else:
+        phases = [Phase(phase.start, tuple(phase.shares[name] for name in recipe.tasks)) for phase in options.phases]
+        if not phases or phases[0].start:
+            phases = [Phase(0, own), *phases]
+    phases = shares.merged(phases)
+    return () if phases == (Phase(0, own),) else phases
+
+
+def mixture_phases(recipe: Recipe, sizes: Sequence[int], own: Sequence[int], total: int) -> tuple[Phase, ...]:
+    """The phases of schedule.mixture, whose shares add up to `total`."""
+    options, mixture = recipe.schedule, recipe.schedule.mixture
+    if mixture.kind == "proportional":
+        if options.strategy in DRAWN and not mixture.cycle:
+            return (Phase(0, shares.epoch_quotas(sizes, options.chunk or options.samples)),)
+        return shares.fixed(sizes, total)
+    if mixture.kind == "temperature":
+        return shares.temperature(sizes, mixture.alpha, total)
+    if mixture.kind == "annealed":
+        return shares.annealed(sizes, mixture.alpha, total, options.steps, mixture.parts)
+    curves = {name: parse_points(f"schedule.mixture.points.{name}", text) for name, text in mixture.points.items()}
+    return shares.piecewise(tuple(recipe.tasks), own, curves, total, options.steps, mixture.parts)
+
+
+def make_controller(recipe: Recipe) -> Controller | None:
+    if recipe.schedule.controller is None:
+        return None
+    settings = asdict(recipe.schedule.controller)
+    return CONTROLLERS[settings.pop("kind")](**settings)
 
 
 def task_manifest(recipe: Recipe, name: str, shards: str) -> Manifest:
