@@ -106,6 +106,10 @@ class Loader:
         self.next = (step + 1, self.pool.submit(self.read, step + 1)) if self.pool else None
         return window
 
+    def forget(self) -> None:
+        """Drops what was read ahead: the plan has changed."""
+        self.next = None
+
     def read(self, step: int) -> LoadedWindow:
         window = self.plan.window(step)
         units, shapes, counts = [], [], np.zeros(len(self.sources), np.int64)

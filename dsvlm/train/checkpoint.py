@@ -1,7 +1,7 @@
 """Checkpoints: whole fp32 tensors in safetensors files, complete if and only if COMPLETE.json is there.
 
     checkpoints/step_00000500/
-        state.json                    step, seed, identity: under 1 KB, the same for every rank
+        state.json                    step, seed, identity: under 1 KB for any number of tasks, the same for every rank
         weights-00000-of-00002.safetensors   what each rank wrote: masters, `NAME`
         exp_avg-..., exp_avg_sq-...   the optimizer's moments
         ema-...                       averaged weights, when the recipe keeps them
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsvlm.train.build import hash_of
 from dsvlm.train.fragments import STATES, gather, set_update_count, shape_of, trainable, write_fragment
 
 FORMAT = 1
@@ -31,16 +32,18 @@ FORMAT = 1
 class RunState:
     """Everything a run needs besides tensors.
 
-    step: updates done; identity: hex of what makes the run this run; bad, seen: samples masked and drawn so far.
+    step: updates done; identity: hex of what makes the run this run; manifests: one hash of all of them (run.json has
+    each task's); bad, seen: samples masked and drawn so far; controller: its packed state, 56 bytes a task, or empty.
     """
 
     step: int
     seed: int
     identity: str
     schedule_version: int
-    manifests: dict[str, str]
+    manifests: str
     bad: int = 0
     seen: int = 0
+    controller: str = ""
 
 
 def directory_of(run_dir: Path, step: int) -> Path:
@@ -154,7 +157,10 @@ def entry_of(path: Path) -> dict:
 
 
 def read_state(directory: Path) -> RunState:
-    return RunState(**json.loads((directory / "state.json").read_text()))
+    state = json.loads((directory / "state.json").read_text())
+    if isinstance(state["manifests"], dict):  # as the first versions wrote it: a hash of each task
+        state["manifests"] = hash_of(state["manifests"])
+    return RunState(**state)
 
 
 def read_tensors(directory: Path, kind: str) -> Iterator[tuple[str, Tensor]]:

@@ -82,9 +82,12 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     model = guard.together(make_model, recipe, codec)
     image_size = model.config.vision_settings["image_size"]
     loader = guard.together(make_loader, planned, codec, image_size, rank, world_size)
-    state = RunState(0, recipe.seed, planned.identity.hex(), SCHEDULE_VERSION, manifest_record(planned.manifests))
+    manifests = hash_of(manifest_record(planned.manifests))
+    state = RunState(0, recipe.seed, planned.identity.hex(), SCHEDULE_VERSION, manifests)
     if checkpoint is not None:
         state = guard.together(resumed_state, checkpoint, state)
+        if planned.plan.control is not None:
+            planned.plan.control.restore(state.controller)
         guard.together(load_weights, model, checkpoint)
     engine = make_engine(model.to(device), recipe)
     ema = None
@@ -116,7 +119,7 @@ def resumed_state(checkpoint: Path, fresh: RunState) -> RunState:
 
     saved = read_state(checkpoint)
     assert saved.identity == fresh.identity, "prepare_run lets only the same run go on"
-    return replace(fresh, step=saved.step, bad=saved.bad, seen=saved.seen)
+    return replace(fresh, step=saved.step, bad=saved.bad, seen=saved.seen, controller=saved.controller)
 
 
 def create_optimizer_state(engine, loader: Loader, recipe: Recipe) -> None:
@@ -144,6 +147,8 @@ def train_steps(run: Run) -> bool:
 
 def save(run: Run) -> None:
     run.metrics.flush()
+    if run.planned.plan.control is not None:
+        run.state = replace(run.state, controller=run.planned.plan.control.pack())
     save_checkpoint(run.engine, run.guard, run.ema, run.recipe.run_dir, run.state, run.recipe.train.keep)
 
 
@@ -157,8 +162,9 @@ def train_step(run: Run) -> bool:
         error = str(caught)
     clock.waited()
     plan_digest = digest(run.planned.identity, run.planned.plan.window(step))
+    control = run.planned.plan.control
     counts, stopping = run.guard.enter_window(
-        {"step": step, "plan": plan_digest},
+        {"step": step, "plan": plan_digest, "controller": control and control.pack()},
         window.counts if window else np.zeros(len(recipe.tasks), np.int64),
         stop_requested(run.stop, recipe.run_dir),
         error,
@@ -198,7 +204,7 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
         "lr": row["lr"], "grad_norm": None if norm is None else float(norm), "samples": seen, "masked": bad,
         "tokens": int(tokens.sum()), "targets": int(targets.sum()), "useful_tokens": tokens.sum() / total[-1],
         "tokens_per_s": tokens.sum() / seconds, "seconds": seconds, "data_wait": total[-2] / world_size,
-        "digest": row["digest"], "fingerprint": f"{finger:016x}",
+        "digest": row["digest"], "fingerprint": f"{finger:016x}", **decide(run, window.step, nll, targets),
     })  # fmt: skip
     if bad:
         entries = run.guard.gather(run.loader.journal(window))
@@ -210,6 +216,17 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
             f"({run.recipe.data.max_bad_share}); {run.recipe.run_dir / 'journal.jsonl'} names each with its reason. "
             "Mend the shards (dsvlm data verify), or raise the share"
         )
+
+
+def decide(run: Run, step: int, nll: np.ndarray, targets: np.ndarray) -> dict:
+    """Hands an update's sums over ranks to the controller; what its line in the metrics says about it."""
+    control = run.planned.plan.control
+    if control is None:
+        return {}
+    stopped = [list(run.recipe.tasks)[task] for task in control.stopped()]
+    if control.observe(step, nll, targets):
+        run.loader.forget()
+    return {"stopped": stopped}
 
 
 def window_fingerprint(names: list[str], live: list[Draft]) -> int:

@@ -129,7 +129,7 @@ def go_straight(recipe, directory: str, steps: int, then: int) -> tuple[str, lis
         ema = Ema(engine, 0.9)
         for step in range(steps):
             update(tiny, engine, ema, step)
-        state = checkpoint.RunState(steps, recipe.seed, "", 1, {})
+        state = checkpoint.RunState(steps, recipe.seed, "", 1, "")
         path = checkpoint.save_checkpoint(engine, Guard(60), ema, Path(directory), state, keep=1)
         losses = [update(tiny, engine, ema, step) for step in range(steps, steps + then)]
         return str(path), losses, {name: ema.gather(name, p).clone().numpy() for name, p in trainable(engine)}

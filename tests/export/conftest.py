@@ -48,7 +48,7 @@ def make_run(root: Path, kind: str) -> Path:
             name: torch.randn(p.shape, generator=generator) for name, p in trained.named_parameters() if p.requires_grad
         }
         save_file(tensors, directory / f"{weights}-00000-of-00001.safetensors")
-    write_file(directory / "state.json", json.dumps(asdict(RunState(7, 0, "", 1, {}))).encode())
+    write_file(directory / "state.json", json.dumps(asdict(RunState(7, 0, "", 1, ""))).encode())
     files = {path.name: entry_of(path) for path in directory.iterdir()}
     write_file(directory / "COMPLETE.json", json.dumps({"format": 1, "step": 7, "files": files}).encode())
     return recipe.run_dir
