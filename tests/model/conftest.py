@@ -89,8 +89,8 @@ def sample(key: int, images: int, prompt: int, target: int, head: int = -1) -> S
     return Sample(pixels, tokens, target, 1000003 * key + 17, weight, head, head if head >= 0 else -100)
 
 
-def collate(samples: list[Sample], kind: str = "opt", extra: int = 0) -> Batch:
-    """As the loader does it, with `extra` columns of padding more."""
+def collate(samples: list[Sample], kind: str = "opt", extra: int = 0, packed=None, width: int = 0) -> Batch:
+    """As the loader does it, with several images per sample, and `extra` columns of padding more."""
     pixels = [s.pixels for s in samples]
     image_row = [row for row, s in enumerate(samples) for _ in s.pixels]
     if not image_row:
@@ -125,6 +125,8 @@ def collate(samples: list[Sample], kind: str = "opt", extra: int = 0) -> Batch:
         head=torch.tensor([s.head for s in samples]),
         decoder_tokens=pad(answers, PAD) if kind == "t5" else None,
         decoder_lengths=torch.tensor([len(a) for a in answers]) if kind == "t5" else None,
+        row=None if packed is None else torch.tensor(packed),
+        width=width,
     )
 
 

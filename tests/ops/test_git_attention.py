@@ -82,17 +82,26 @@ def test_text_never_influences_images_and_text_sees_images():
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "math"])
-def test_packed_rows_equal_separate_rows(backend):
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_packed_rows_equal_separate_rows(backend, kv_heads):
+    """Outputs and gradients; text alone stands right before and right after images."""
     generator = torch.Generator().manual_seed(0)
-    segments = torch.tensor([[0, 0, 0, 0, -1, 1, 1, 2, 2, 2]])
-    is_image = torch.tensor([[1, 1, 0, 0, 0, 0, 0, 1, 1, 1]]).bool()
-    q, k, v = (torch.randn(1, 10, 2, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+    segments = torch.tensor([[0, 0, 0, 0, -1, 1, 1, 2, 2, 2, 3]])
+    is_image = torch.tensor([[1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0]]).bool()
+    q, k, v, upstream = (
+        torch.randn(1, 11, heads, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+        for heads in (4, kv_heads, kv_heads, 4)
+    )
     packed = git_attention(q, k, v, GitMask.from_segments(segments, is_image), backend=backend)
-    for images, texts, first in ((2, 2, 0), (0, 2, 5), (3, 0, 7)):
+    gradients = torch.autograd.grad(packed, (q, k, v), upstream)
+    for images, texts, first in ((2, 2, 0), (0, 2, 5), (3, 0, 7), (0, 1, 10)):
         part = slice(first, first + images + texts)
         alone = GitMask.from_lengths(torch.tensor([images]), torch.tensor([texts]), images + texts)
-        own = git_attention(q[:, part], k[:, part], v[:, part], alone, backend=backend)
-        torch.testing.assert_close(packed[:, part], own, rtol=1e-12, atol=1e-12)
+        own = [x[:, part].detach().requires_grad_() for x in (q, k, v)]
+        out = git_attention(*own, alone, backend=backend)
+        torch.testing.assert_close(packed[:, part], out, rtol=1e-12, atol=1e-12)
+        for found, wanted in zip(gradients, torch.autograd.grad(out, own, upstream[:, part]), strict=True):
+            torch.testing.assert_close(found[:, part], wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_alibi_is_relative_distance():
