@@ -20,6 +20,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_model(recipe.model)
     check_room(recipe)
     check_numbers(recipe)
+    check_padding(recipe)
     if recipe.text.tokenizer == "train" and recipe.model.decoder.pretrained:
         raise ValueError(
             "text.tokenizer: 'train' makes a new vocabulary, but model.decoder.pretrained has learnt another one; "
@@ -143,6 +144,37 @@ def check_room(recipe: Recipe) -> None:
         raise ValueError(
             f"text.max_length: {recipe.text.max_length} tokens after {tokens} image tokens are more than "
             f"model.decoder.config.max_position_embeddings ({room}); raise the latter, or lower text.max_length"
+        )
+
+
+def check_padding(recipe: Recipe) -> None:
+    """Whether windows can be cut by length as train.micro_tokens, train.buckets and tasks.*.pack say."""
+    train, vision = recipe.train, recipe.model.vision
+    at_least("train.micro_tokens", train.micro_tokens, 0)
+    at_least("train.buckets", train.buckets, 1)
+    packed = [name for name, task in recipe.tasks.items() if task.pack]
+    if packed and not train.micro_tokens:
+        raise ValueError(
+            f"tasks.{packed[0]}.pack: how long a packed row may be is train.micro_tokens; set it, or remove pack"
+        )
+    if packed and recipe.model.decoder.kind == "t5":
+        raise ValueError(f"tasks.{packed[0]}.pack: an encoder-decoder (t5) has no packed rows; remove pack")
+    mixes = recipe.schedule.rounds == "packed" or recipe.schedule.strategy in ("mixed", "per_rank")
+    if packed and mixes and len(packed) < len(recipe.tasks):
+        other = next(name for name in recipe.tasks if name not in packed)
+        raise ValueError(
+            f"tasks.{other}.pack: false, but tasks.{packed[0]}.pack is true, and tasks share units under strategy "
+            f"{recipe.schedule.strategy} with rounds {recipe.schedule.rounds}; give all tasks the same pack"
+        )
+    if not train.micro_tokens:
+        return
+    within("text.max_length", recipe.text.max_length, 4, 2**16 - 1)  # what files of lengths hold
+    tokens = 0 if vision.pretrained else (vision.config["image_size"] // vision.config["patch_size"]) ** 2 + 1
+    if tokens + recipe.text.max_length > train.micro_tokens:  # a checkpoint's images are counted when it is read
+        raise ValueError(
+            f"train.micro_tokens: {train.micro_tokens} cannot hold a row of {tokens} image tokens and "
+            f"{recipe.text.max_length} text tokens (text.max_length); raise the former to at least "
+            f"{tokens + recipe.text.max_length}, or lower the latter"
         )
 
 
