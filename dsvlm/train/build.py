@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from dsvlm.schedule import shares
 from dsvlm.schedule.controller import CONTROLLERS, Controller
 from dsvlm.schedule.digest import identity_bytes
 from dsvlm.schedule.mixture import Phase
-from dsvlm.schedule.plan import Plan, Schedule, Stream
+from dsvlm.schedule.plan import Plan, Schedule, Stream, Window
 from dsvlm.schedule.strategy import deal
 from dsvlm.tasks import TASK_TYPES, TaskType
 
@@ -181,10 +181,17 @@ def make_loader(planned: Planned, codec: TextCodec, image_size: int, rank: int, 
         image_size=image_size, max_length=recipe.text.max_length,
         encoder_decoder=recipe.model.decoder.kind == "t5", workers=recipe.data.workers, cache_mb=recipe.data.cache_mb,
     )  # fmt: skip
-    dealer = partial(
-        deal, schedule=planned.schedule, world_size=world_size, micro_batch=recipe.train.micro_batch
-    )
-    return Loader(planned.plan, dealer, make_sources(planned), codec, config)
+    return Loader(planned.plan, make_deal(planned, codec, world_size), make_sources(planned), codec, config)
+
+
+def make_deal(planned: Planned, codec: TextCodec, world_size: int) -> Callable[[Window], Sequence]:
+    """How windows are dealt to ranks: by samples (train.micro_batch), or by length where train.micro_tokens is set."""
+    train = planned.recipe.train
+    if not train.micro_tokens:
+        return partial(deal, schedule=planned.schedule, world_size=world_size, micro_batch=train.micro_batch)
+    from dsvlm.train.lengths import make_dealer, open_lengths
+
+    return make_dealer(planned, open_lengths(planned, codec), world_size)
 
 
 def make_model(recipe: Recipe, codec: TextCodec):

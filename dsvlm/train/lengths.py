@@ -1,0 +1,174 @@
+"""Lengths of a recipe's samples: where side files are, how they are made, and the cut of a window that uses them."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dsvlm.config import Recipe
+from dsvlm.data.lengths import CHUNK, Lengths, count_lengths, lengths_name, write_lengths
+from dsvlm.data.tokenizer import TextCodec
+from dsvlm.schedule.lengths import LengthRound, check_lengths, deal_by_length, optimal_edges
+from dsvlm.schedule.plan import Plan, Schedule, Window
+from dsvlm.train.build import Planned, make_sources, task_types
+
+EDGE_MULTIPLE = 8  # positions: what matrix units of GPUs are fed with
+EDGE_CANDIDATES = 1024  # more than these, and edges are multiples of 16, 24 and so on
+
+
+def image_tokens(recipe: Recipe) -> int:
+    """Positions that an image takes in a row, from the recipe or from its checkpoint's configuration."""
+    from transformers import CLIPVisionConfig
+
+    vision = recipe.model.vision
+    if vision.pretrained and not Path(vision.pretrained).is_dir():
+        raise ValueError(f"model.vision.pretrained: {vision.pretrained!r} is not a directory; download it first")
+    read = CLIPVisionConfig.from_pretrained
+    settings = read(vision.pretrained) if vision.pretrained else CLIPVisionConfig(**vision.config)
+    return (settings.image_size // settings.patch_size) ** 2 + 1
+
+
+def side_files(planned: Planned, codec: TextCodec) -> dict[str, str]:
+    """File name of each task's lengths."""
+    recipe = planned.recipe
+    return {
+        name: lengths_name(
+            tokenizer=codec.hash(), bins=codec.bins, manifest=planned.manifests[name].hash, prompt=kind.prompt,
+            type=recipe.tasks[name].type, classes=recipe.tasks[name].classes, max_length=recipe.text.max_length,
+            encoder_decoder=recipe.model.decoder.kind == "t5",
+        )  # fmt: skip
+        for name, kind in task_types(recipe).items()
+    }
+
+
+def find_lengths(planned: Planned, codec: TextCodec) -> dict[str, Lengths | None]:
+    """Each task's lengths: next to its shards, else in the run directory, else None."""
+    found = {}
+    for name, file in side_files(planned, codec).items():
+        manifest = planned.manifests[name]
+        paths = [directory / file for directory in (Path(manifest.path), planned.recipe.run_dir)]
+        here = next((path for path in paths if path.is_file()), None)
+        found[name] = here and Lengths(here, manifest.samples)
+    return found
+
+
+def make_lengths(planned: Planned, codec: TextCodec, directories: dict[str, Path], workers: int = 0) -> dict[str, Path]:
+    """Makes the lengths that are missing, each task's in its directory; the paths of those made.
+
+    A progress bar shows on stderr where that is a terminal.
+    """
+    made, recipe = {}, planned.recipe
+    names, found = side_files(planned, codec), find_lengths(planned, codec)
+    for source in make_sources(planned):
+        if found[source.name] is not None:
+            continue
+        bar = partial(progress_bar, total=-(-len(source.reader) // CHUNK), desc=f"lengths of {source.name}")
+        table = count_lengths(
+            source, codec, recipe.text.max_length, encoder_decoder=recipe.model.decoder.kind == "t5", workers=workers,
+            progress=bar,
+        )  # fmt: skip
+        made[source.name] = directories[source.name] / names[source.name]
+        write_lengths(made[source.name], table)
+    return made
+
+
+def progress_bar(items, **options):
+    from tqdm import tqdm
+
+    return tqdm(items, file=sys.stderr, unit=f" x {CHUNK} samples", disable=not sys.stderr.isatty(), **options)
+
+
+def make_run_lengths(planned: Planned, codec: TextCodec) -> None:
+    """Rank 0's part at a start: makes what `dsvlm data lengths` has not made, in the run directory."""
+    if planned.recipe.train.micro_tokens:
+        make_lengths(planned, codec, dict.fromkeys(planned.manifests, planned.recipe.run_dir))
+
+
+def open_lengths(planned: Planned, codec: TextCodec) -> dict[str, Lengths]:
+    """Each task's lengths, for a recipe that cuts its windows by length; none for others."""
+    if not planned.recipe.train.micro_tokens:
+        return {}
+    found = find_lengths(planned, codec)
+    for name, lengths in found.items():
+        if lengths is None:
+            raise ValueError(
+                f"task {name}: no {side_files(planned, codec)[name]} in {planned.manifests[name].path} or "
+                f"{planned.recipe.run_dir}; make it with dsvlm data lengths, or copy it to this node"
+            )
+    return found
+
+
+def lengths_record(lengths: dict[str, Lengths]) -> dict[str, str]:
+    """What ranks compare: they must cut every window in the same way."""
+    return {f"lengths of task {name}": table.hash() for name, table in lengths.items()}
+
+
+@dataclass(frozen=True)
+class LengthDealer:
+    """Deals windows by length; as the loader's `deal`. edges: row lengths of each task; pack: flag of each."""
+
+    plan: Plan
+    schedule: Schedule
+    world_size: int
+    micro_tokens: int
+    lengths: tuple[Lengths, ...]
+    edges: tuple[np.ndarray, ...]
+    pack: tuple[bool, ...]
+    image_tokens: int
+
+    def __call__(self, window: Window) -> tuple[LengthRound, ...]:
+        return deal_by_length(
+            window, self.schedule, self.world_size, micro_tokens=self.micro_tokens, lengths=self.positions(window),
+            edges=self.edges, pack=self.pack,
+        )  # fmt: skip
+
+    def positions(self, window: Window) -> np.ndarray:
+        """[len(window)] int64: positions of each sample in its row."""
+        return window_positions(self.plan, window, self.lengths, self.image_tokens)
+
+
+def window_positions(plan: Plan, window: Window, lengths: tuple[Lengths, ...], image_tokens: int) -> np.ndarray:
+    """Positions of each sample of a window, images and text, [len(window)] int64."""
+    task, ordinal = window.take(np.arange(len(window)))
+    _, sample = plan.locate_all(task, ordinal)
+    positions = np.empty(len(window), np.int64)
+    for one in np.unique(task).tolist():
+        here = task == one
+        positions[here] = lengths[one].positions(sample[here], image_tokens)
+    return positions
+
+
+def make_dealer(
+    planned: Planned, lengths: dict[str, Lengths], world_size: int
+) -> Callable[[Window], tuple[LengthRound, ...]]:
+    """The cut of windows by length. lengths: of each task. ValueError when a sample fits no unit."""
+    recipe, schedule = planned.recipe, planned.schedule
+    tables, tokens = tuple(lengths[name] for name in recipe.tasks), image_tokens(recipe)
+    histograms = [table.histogram(tokens) for table in tables]
+    for index, histogram in enumerate(histograms):
+        check_lengths(np.array([len(histogram) - 1]), np.array([index]), schedule, recipe.train.micro_tokens)
+    if schedule.rounds == "packed" or schedule.strategy in ("mixed", "per_rank"):
+        histograms = [joint_histogram(schedule, histograms)] * len(tables)
+    edges = tuple(bucket_edges(histogram, recipe.train.buckets) for histogram in histograms)
+    pack = tuple(task.pack for task in recipe.tasks.values())
+    return LengthDealer(
+        planned.plan, schedule, world_size, recipe.train.micro_tokens, tables, edges, pack, tokens
+    )
+
+
+def bucket_edges(histogram: np.ndarray, buckets: int) -> np.ndarray:
+    coarse = -(-len(histogram) // (EDGE_MULTIPLE * EDGE_CANDIDATES))
+    return optimal_edges(histogram, buckets, EDGE_MULTIPLE * coarse)
+
+
+def joint_histogram(schedule: Schedule, histograms: list[np.ndarray]) -> np.ndarray:
+    """Lengths of all tasks as windows hold them: each task by its share of samples. [longest + 1] int64."""
+    total = np.zeros(max(map(len, histograms)), np.int64)
+    shares = np.sum([phase.shares for phase in schedule.table], axis=0).tolist()
+    for stream, histogram, share in zip(schedule.streams, histograms, shares, strict=True):
+        # In millionths of a sample: integers, so that all ranks find the same edges; and no length is forgotten.
+        total[: len(histogram)] += np.maximum(histogram * (share * 10**6) // stream.size, histogram > 0)
+    return total

@@ -1,0 +1,138 @@
+"""Side files of lengths: what they say is what the loader makes; made once, found again, refused when damaged."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from tests.dist.recipes import tiny
+
+from dsvlm.data.convert.scenes import make_scenes
+from dsvlm.data.lengths import Lengths, count_lengths, write_lengths
+from dsvlm.data.manifest import load_manifest
+from dsvlm.data.reader import ShardReader
+from dsvlm.data.shard import ShardWriter
+from dsvlm.train import lengths as train_lengths
+from dsvlm.train.build import make_loader, make_sources, make_tokenizer, plan_run
+from dsvlm.train.lengths import find_lengths, image_tokens, make_lengths, open_lengths
+
+SAMPLES = 24
+
+
+def to_json(record):
+    return json.dumps(record, sort_keys=True).encode()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Tasks with and without images; `lines` has a sample that is too long, `match` one with a label of no class."""
+    root = tmp_path_factory.mktemp("lengths")
+    make_scenes(root, samples=SAMPLES, val_samples=1, tasks=("caption", "question", "locate"))
+    source = ShardReader(load_manifest(root / "train/caption"))
+    with ShardWriter(root / "train/lines", "vqa") as lines, ShardWriter(root / "train/match", "pair") as match:
+        for i in range(SAMPLES):
+            answer = "very " * (200 if i == 5 else i % 7) + "red"
+            lines.write(f"l{i}", {"json": to_json({"question": f"how red is {i}?", "answer": answer})})
+            pair = {"text": source.record(i)["caption"], "label": 7 if i == 3 else i % 3}
+            match.write(f"m{i}", {"png": source.image(i), "json": to_json(pair)})
+    return root
+
+
+@pytest.fixture(scope="module")
+def codec(root):
+    return make_tokenizer(plan_run(tiny(root)))
+
+
+def planned_at(root, tmp_path, **changes):
+    return plan_run(tiny(root, output=str(tmp_path), train__micro_tokens=96, **changes))
+
+
+def shard_directories(planned):
+    return {name: manifest.path for name, manifest in planned.manifests.items()}
+
+
+@pytest.mark.parametrize("decoder", ["opt", "t5"])
+def test_lengths_are_the_loaders(root, codec, tmp_path, decoder):
+    """Every sample that the loader reads has the lengths of the file, masked ones and those without images too."""
+    planned = planned_at(root, tmp_path, decoder=decoder)
+    made = make_lengths(planned, codec, dict.fromkeys(planned.manifests, tmp_path))
+    assert set(made) == set(planned.manifests)
+    tables = list(open_lengths(planned, codec).values())
+    loader = make_loader(planned, codec, 40, 0, 1)
+    seen, masked = set(), 0
+    for step in range(9):  # the smallest task has 3 samples in a window, and 24 in all
+        window = loader.window(step)
+        for draft in window.drafts:
+            assert tables[draft.task].table[draft.sample].tolist() == [len(draft.text.tokens), draft.text.images]
+            seen.add((draft.task, draft.sample))
+            masked += bool(draft.reason)
+        for unit, batch in zip(window.units, loader.batches(window, [1.0] * 4), strict=True):
+            assert len(batch.tokens) == len(unit)
+            image = np.bincount(batch.image_row[batch.image_row >= 0], minlength=len(unit)) * image_tokens(planned.recipe)
+            assert (image + batch.lengths.numpy()).max() <= batch.width <= 96 // len(unit)
+    assert len(seen) == 4 * SAMPLES and masked
+
+
+def test_made_next_to_the_shards_and_found_there(root, codec, tmp_path, monkeypatch):
+    planned = planned_at(root, tmp_path)
+    assert set(find_lengths(planned, codec).values()) == {None}
+    with pytest.raises(ValueError, match=r"task lines: no lengths-\w{16}.npy in .*dsvlm data lengths"):
+        open_lengths(planned, codec)
+    made = make_lengths(planned, codec, shard_directories(planned))
+    try:
+        assert [path.parent for path in made.values()] == list(shard_directories(planned).values())
+        assert all(not left.name.startswith(".") for path in made.values() for left in path.parent.iterdir())
+        monkeypatch.setattr(train_lengths, "count_lengths", None)  # nothing is counted twice
+        assert make_lengths(planned, codec, shard_directories(planned)) == {}
+        train_lengths.make_run_lengths(planned, codec)
+        found = open_lengths(planned, codec)
+        assert {name: table.path for name, table in found.items()} == made
+        again = pickle.loads(pickle.dumps(found["lines"]))
+        assert (again.table == found["lines"].table).all()
+        # What a row depends on names the file.
+        for changes in ({"text__max_length": 60}, {"tasks__locate__prompt": "find {name}"}, {"decoder": "t5"}):
+            other = find_lengths(planned_at(root, tmp_path, **changes), codec)
+            assert other["locate"] is None
+    finally:
+        for path in made.values():
+            path.unlink()
+
+
+def test_in_processes(root, codec, tmp_path, monkeypatch):
+    source = make_sources(planned_at(root, tmp_path))[0]
+    options = {"encoder_decoder": False}
+    alone = count_lengths(source, codec, 64, **options)
+    monkeypatch.setattr("dsvlm.data.lengths.CHUNK", 9)
+    assert (count_lengths(source, codec, 64, **options) == alone).all()
+    monkeypatch.undo()
+    assert (count_lengths(source, codec, 64, workers=1, **options) == alone).all()
+
+
+def test_round_trip(tmp_path):
+    table = np.array([[3, 0], [65535, 2], [1, 1]], np.uint16)
+    write_lengths(tmp_path / "a.npy", table)
+    lengths = Lengths(tmp_path / "a.npy", 3)
+    assert lengths.table.dtype == np.uint16 and (lengths.table == table).all()
+    assert lengths.positions(np.array([1, 0, 1]), 5).tolist() == [65545, 3, 65545]
+    histogram = lengths.histogram(5)
+    assert len(histogram) == 65546 and np.flatnonzero(histogram).tolist() == [3, 6, 65545] and histogram.sum() == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+    write_lengths(tmp_path / "b.npy", table)
+    assert lengths.hash() == Lengths(tmp_path / "b.npy", 3).hash()
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not a file of lengths"),
+    (lambda path: path.write_bytes(b"text"), "not a file of lengths"),
+    (lambda path: path.write_bytes(b""), "not a file of lengths"),
+    (lambda path: np.save(path, np.zeros((3, 2), np.int32)), r"uint16 \[3, 2\] expected, int32 \[3, 2\] found"),
+    (lambda path: np.save(path, np.zeros((4, 2), np.uint16)), r"uint16 \[3, 2\] expected, uint16 \[4, 2\] found"),
+    (lambda path: np.save(path, np.array([None])), "not a file of lengths"),
+])  # fmt: skip
+def test_damaged(tmp_path, damage, message):
+    path = tmp_path / "lengths.npy"
+    write_lengths(path, np.zeros((3, 2), np.uint16))
+    damage(path)
+    with pytest.raises(ValueError, match=message) as error:
+        Lengths(path, 3)
+    assert str(path) in str(error.value)
