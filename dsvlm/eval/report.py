@@ -48,11 +48,12 @@ def read_result(run_dir: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def page(title: str, sections: list[str]) -> str:
+def page(title: str, sections: list[str], style: str = "") -> str:
+    """A whole page; style: rules after those of the report."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>\n<style>{stylesheet()}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{stylesheet()}{style}</style></head>\n<body>\n"
         + "\n".join(section for section in sections if section)
         + "\n</body></html>\n"
     )
@@ -165,7 +166,7 @@ def efficiency(rows: list[dict]) -> str:
     tiles = [
         tile(rows, "tokens_per_s", "text tokens per second", "{:,.0f}"),
         tile(rows, "seconds", "seconds per update", "{:.3f}"),
-        tile(rows, "useful_tokens", "text positions that are not padding", "{:.1%}", top=1.0),
+        tile(rows, "useful_tokens", "positions that are not padding", "{:.1%}", top=1.0),
         tile(rows, "data_wait", "of the time spent waiting for data", "{:.1%}", top=1.0),
     ]
     return (

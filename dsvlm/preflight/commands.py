@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 _EXAMPLE = argparse.RawDescriptionHelpFormatter
 
@@ -11,6 +12,36 @@ def add_preflight_parsers(commands) -> None:
     """Add the commands to the table of `dsvlm data`; each sets `run`: function(args) -> exit code."""
     for name, (add, text) in _COMMANDS.items():
         add(commands.add_parser(name, help=text, description=text, formatter_class=_EXAMPLE))
+
+
+def _add_preview(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--steps", default="0:2", metavar="A:B", help="steps A to B - 1 (default 0:2)")
+    parser.add_argument("--samples", type=int, default=6, metavar="N", help="shown of each task (default 6)")
+    parser.add_argument("--out", type=Path, default=Path("preview.html"), help="page to write (default preview.html)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="another vocabulary than the recipe's")
+    parser.epilog = "example:\n  %(prog)s quickstart --steps 0:4 --out preview.html"
+    _add_json(parser)
+    parser.set_defaults(run=_preview)
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from dsvlm.config import load_recipe
+    from dsvlm.preflight.preview import preview
+    from dsvlm.train.build import plan_run
+
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples}: expected at least 1")
+    recipe = load_recipe(args.recipe, args.set)
+    steps = _steps(args.steps, recipe.schedule.steps)
+    report = preview(plan_run(recipe), steps, args.samples, args.out, args.tokenizer, _progress(args))
+    if args.json:
+        print(json.dumps(report, sort_keys=True))
+    else:
+        for entry in report["masked"]:
+            print(f"masked: task {entry['task']}, {entry['where']}: {entry['reason']}")
+        print(report["page"])
+    return 1 if report["masked"] else 0
 
 
 def _add_simulate(parser: argparse.ArgumentParser) -> None:
@@ -78,5 +109,6 @@ def _progress(args: argparse.Namespace):
 
 
 _COMMANDS = {
+    "preview": (_add_preview, "write a page of what the model will see: images, boxes, tokens, where the loss is"),
     "simulate": (_add_simulate, "show what one node of a large run will read, from the manifests alone"),
 }
