@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dsvlm.schedule.controller import Controlled, StopAndGo
+from dsvlm.schedule.mixture import Phase
+from dsvlm.train.build import hash_of
 from dsvlm.train.checkpoint import (
     RunState,
+    begin,
     complete_checkpoints,
     directory_of,
     entry_of,
@@ -20,7 +24,7 @@ from dsvlm.train.checkpoint import (
     write_file,
 )
 
-STATE = RunState(step=8, seed=1, identity="ab", schedule_version=1, manifests={"caption": "cd"}, bad=2, seen=64)
+STATE = RunState(step=8, seed=1, identity="ab", schedule_version=1, manifests="cd", bad=2, seen=64)
 
 
 class Scaled(torch.nn.Linear):
@@ -47,6 +51,27 @@ def test_latest_complete_one_is_last(tmp_path):
     written = [write_checkpoint(tmp_path, step) for step in (8, 24, 16, 100_000_000)]
     assert complete_checkpoints(tmp_path) == [written[i] for i in (0, 2, 1, 3)]
     assert read_state(written[0]) == STATE
+
+
+@pytest.mark.parametrize("controlled, limit", [(0, 1000), (10, 1000), (64, 4100)])
+def test_state_is_small(tmp_path, controlled, limit):
+    """Nothing in it grows with tasks, shards or steps but a controller's memory, 56 bytes a task."""
+    control = Controlled([Phase(0, (10**9,) * max(controlled, 1))], StopAndGo(every=10**9))
+    state = RunState(
+        step=10**12, seed=2**63 - 1, identity="f" * 64, schedule_version=10**6, manifests=hash_of({"caption": "cd"}),
+        bad=10**15, seen=10**18, controller=control.pack() if controlled else "",
+    )  # fmt: skip
+    begin(tmp_path / "step", state)
+    assert (tmp_path / "step/state.json").stat().st_size < limit
+    assert read_state(tmp_path / "step") == state
+
+
+def test_state_of_an_older_version(tmp_path):
+    """The first versions listed each task's manifest, and knew no controllers."""
+    old = {"step": 8, "seed": 1, "identity": "ab", "schedule_version": 1, "manifests": {"caption": "cd"}, "bad": 2,
+           "seen": 64}  # fmt: skip
+    (tmp_path / "state.json").write_text(json.dumps(old))
+    assert read_state(tmp_path) == RunState(8, 1, "ab", 1, hash_of({"caption": "cd"}), 2, 64, "")
 
 
 def test_killed_before_the_mark(tmp_path):
