@@ -5,7 +5,6 @@ import pickle
 
 import numpy as np
 import pytest
-from tests.dist.recipes import tiny
 
 from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.lengths import Lengths, count_lengths, write_lengths
@@ -15,6 +14,8 @@ from dsvlm.data.shard import ShardWriter
 from dsvlm.train import lengths as train_lengths
 from dsvlm.train.build import make_loader, make_sources, make_tokenizer, plan_run
 from dsvlm.train.lengths import find_lengths, image_tokens, make_lengths, open_lengths
+from dsvlm.train.loop import window_fingerprint
+from tests.dist.recipes import STRATEGIES, tiny
 
 SAMPLES = 24
 
@@ -68,9 +69,38 @@ def test_lengths_are_the_loaders(root, codec, tmp_path, decoder):
             masked += bool(draft.reason)
         for unit, batch in zip(window.units, loader.batches(window, [1.0] * 4), strict=True):
             assert len(batch.tokens) == len(unit)
-            image = np.bincount(batch.image_row[batch.image_row >= 0], minlength=len(unit)) * image_tokens(planned.recipe)
-            assert (image + batch.lengths.numpy()).max() <= batch.width <= 96 // len(unit)
+            images = np.bincount(batch.image_row[batch.image_row >= 0], minlength=len(unit))
+            positions = images * image_tokens(planned.recipe) + batch.lengths.numpy()
+            assert positions.max() <= batch.width <= 96 // len(unit)
     assert len(seen) == 4 * SAMPLES and masked
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("pack", [False, True])
+def test_windows_stay_what_they_are(root, codec, tmp_path, strategy, pack):
+    """W = 1, 2, 3: plan, samples, masked samples and counts are those of the plain cut; units fit their budget."""
+    changes = STRATEGIES[strategy] | {f"tasks__{name}__pack": pack for name in ("lines", "question", "locate", "match")}
+    by_length = planned_at(root, tmp_path, **changes)
+    plain = plan_run(tiny(root, **STRATEGIES[strategy]))
+    assert by_length.identity == plain.identity
+    make_lengths(by_length, codec, dict.fromkeys(by_length.manifests, tmp_path))
+    names = list(by_length.recipe.tasks)
+    single = make_loader(plain, codec, 40, 0, 1)
+    for world_size in (1, 2, 3):
+        loaders = [make_loader(by_length, codec, 40, rank, world_size) for rank in range(world_size)]
+        for step in (0, 5):
+            windows = [loader.window(step) for loader in loaders]
+            drafts = [draft for window in windows for draft in window.drafts]
+            wanted = single.window(step)
+            assert window_fingerprint(names, drafts) == window_fingerprint(names, wanted.drafts)
+            assert sum(window.counts for window in windows).tolist() == wanted.counts.tolist()
+            assert sorted(d.reason or "" for d in drafts) == sorted(d.reason or "" for d in wanted.drafts)
+            assert len({len(window.units) for window in windows}) == 1
+            for window in windows:
+                for index, unit in enumerate(window.units):
+                    rows, width = window.shape(index)
+                    assert (rows is not None) == (pack and bool(unit))
+                    assert (1 if pack else len(unit)) * width <= 96
 
 
 def test_made_next_to_the_shards_and_found_there(root, codec, tmp_path, monkeypatch):
