@@ -16,6 +16,7 @@ from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_
 from dsvlm.train.engine import make_engine, read_ds_config
 from dsvlm.train.guard import Guard, code_version
 from dsvlm.train.launch import LAUNCHED, find_ranks, init_distributed
+from dsvlm.train.lengths import lengths_record, make_run_lengths, open_lengths
 from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
@@ -79,6 +80,8 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     guard.first(prepare_run, planned)
     codec, checkpoint = guard.together(open_run, planned)
     guard.same({"tokenizer": codec.hash(), "latest checkpoint": str(checkpoint and checkpoint.name)})
+    guard.first(make_run_lengths, planned, codec)
+    guard.same(lengths_record(guard.together(open_lengths, planned, codec)))
     model = guard.together(make_model, recipe, codec)
     image_size = model.config.vision_settings["image_size"]
     loader = guard.together(make_loader, planned, codec, image_size, rank, world_size)
