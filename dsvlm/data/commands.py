@@ -51,8 +51,18 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_index(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD.tar", help="WebDataset tars, left as they are")
-    parser.epilog = "example:\n  %(prog)s laion/00000.tar laion/00001.tar"
+    parser.add_argument("shards", nargs="+", metavar="SHARD", help="WebDataset tars or parquet files, paths or URLs")
+    parser.add_argument("--out", type=Path, help="write a shard set that trains the files where they lie")
+    parser.add_argument("--type", help="task type of the set: caption, vqa, classify, locate, detect or pair")
+    parser.add_argument("--field", action="append", default=[], metavar="KEY=PLACE",
+                        help="where a key of the record is: an extension (caption=txt), a key of a JSON member "
+                             "(question=json:qa.0.question), a column of a parquet file (question=query)")
+    parser.add_argument("--image", help="extension or column of the image, where samples have several")
+    parser.description = ("Indexes shards of other tools; the files are left as they are. Without --out each tar gets "
+                          "an index beside it. With --out the directory becomes a shard set: give it to a task.")
+    parser.epilog = ("examples:\n  %(prog)s laion/*.tar --type caption --out laion/set\n"
+                     "  %(prog)s vqa-*.parquet --type vqa --image image --field question=query --out vqa-set\n"
+                     "  %(prog)s https://host/a-0.tar https://host/a-1.tar --type caption --out a-set")
     _add_json(parser)
     parser.set_defaults(run=_index)
 
@@ -89,12 +99,35 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> int:
     from dsvlm.data.index import write_index
+    from dsvlm.data.manifest import is_url
 
     bar = _progress(args)
+    if args.out is not None:
+        return _index_set(args, bar)
+    for option in ("type", "field", "image"):
+        if getattr(args, option):
+            raise ValueError(f"--{option} is part of a shard set: give --out DIR too")
+    for shard in args.shards:
+        if is_url(shard) or shard.endswith(".parquet"):
+            raise ValueError(f"{shard} cannot have an index beside it: give --out DIR and --type")
     report = [write_index(shard) for shard in (args.shards if bar is None else bar(args.shards, desc="index"))]
     if not _print_json(args, report):
         for entry in report:
             print(f"{entry['index']}: {entry['samples']} samples, members {', '.join(entry['members'])}")
+    return 0
+
+
+def _index_set(args: argparse.Namespace, bar) -> int:
+    from dsvlm.data.adopt import index_set
+
+    if args.type is None:
+        raise ValueError("--type is needed with --out: which task the samples are for")
+    report = index_set(args.shards, args.type, args.out, args.field, args.image, bar)
+    if not _print_json(args, report):
+        print(f"{args.out}: {report['samples']} samples, {report['shards']} shards, {report['bytes']} bytes, "
+              f"members {', '.join(report['members'])}")
+        for key, place in report["fields"].items():
+            print(f"{key:14} {place}")
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from dsvlm.data.manifest import arrow_bytes
+from dsvlm.data.manifest import Manifest, arrow_bytes
 from dsvlm.data.stream import LocalFile, Stream
 from dsvlm.data.tar import DamagedTar, Member, walk
 
@@ -34,6 +34,11 @@ class Row(NamedTuple):
 def is_image(extension: str) -> bool:
     """Whether a member with this extension (`png`, `img0.jpg`) is an image."""
     return extension.rpartition(".")[2] in IMAGE_SUFFIXES
+
+
+def has_images(manifest: Manifest) -> bool:
+    """Whether samples of the set have images."""
+    return bool((manifest.mapping or {}).get("image")) or any(map(is_image, manifest.members))
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -160,7 +165,7 @@ class ShardIndex:
                          for name in self._batch.schema.names if name != "key"}
         self.samples = self._batch.num_rows
         self.extensions = tuple(n.removesuffix(".offset") for n in self._columns if n.endswith(".offset"))
-        self.images = (image,) if image in self.extensions else tuple(filter(is_image, self.extensions))
+        self.images = tuple(ext for ext in self.extensions if (ext == image if image else is_image(ext)))
         # Indexing a view gives a Python int, several times faster than a numpy scalar.
         self._members = {ext: tuple(memoryview(self._columns[f"{ext}.{field}"]) for field in ("offset", "size", "crc"))
                          for ext in self.extensions}

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +13,9 @@ import pyarrow.ipc
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARDS = "shards.arrow"
+INDEXED = "index"                 # in `preprocessing`: shards of another tool, how they are read, and where they lie
 SHOWN = 12                        # shard sets that a message names
+URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 SHARDS_SCHEMA = pa.schema([("name", pa.utf8()), ("samples", pa.uint32()), ("bytes", pa.uint64()),
                            ("sha256", pa.utf8()), ("index_sha256", pa.utf8())])
 
@@ -31,6 +35,33 @@ class Manifest:
     members: tuple[str, ...]
     preprocessing: dict
     hash: str                         # sha256 of manifest.json: the identity of the data
+    url: str | None = None            # where the set lies, when `path` is only a copy of its small files
+
+    def shard(self, number: int) -> str:
+        """Path or URL of a shard."""
+        name = self.names[number]
+        if is_url(name):
+            return name
+        return os.path.normpath(self.path / name) if self.url is None else f"{self.url}/{name}"
+
+    def index(self, number: int) -> Path:
+        """Path of a shard's index: beside a shard that lies in the directory itself, numbered for others."""
+        return self.path / index_name(self.names[number], number)
+
+    @property
+    def mapping(self) -> dict | None:
+        """How shards of another tool become records (`fields`, `image`); None for our own."""
+        return self.preprocessing.get(INDEXED)
+
+
+def is_url(name: str) -> bool:
+    """Whether a shard is read through fsspec."""
+    return URL.match(name) is not None
+
+
+def index_name(name: str, number: int) -> str:
+    """Name of the index of a shard, in the directory of its manifest."""
+    return f"index-{number:06d}.arrow" if "/" in name else str(Path(name).with_suffix(".arrow"))
 
 
 def arrow_bytes(table: pa.Table) -> bytes:
@@ -53,8 +84,23 @@ def manifest_bytes(task_type: str, shards: list[dict], members, preprocessing: d
     return table, (json.dumps(header, sort_keys=True, indent=1) + "\n").encode("ascii")
 
 
-def load_manifest(directory) -> Manifest:
-    """Read the manifest of a shard set; ValueError when it is missing, damaged or of another format."""
+def join(root: str, name: str) -> str:
+    """A path or URL below a directory that may be a URL itself."""
+    if is_url(name):
+        return name
+    return f"{root.rstrip('/')}/{name}" if is_url(root) else os.path.join(root, name)
+
+
+def load_manifest(directory, cache: str = "") -> Manifest:
+    """Read the manifest of a shard set; ValueError when it is missing, damaged or of another format.
+
+    directory: path or URL; of a URL the small files are copied to `cache` (a directory on the node).
+    """
+    if is_url(str(directory)):
+        from dsvlm.data.remote import mirror
+
+        url = str(directory).rstrip("/")
+        return replace(load_manifest(mirror(url, (MANIFEST, SHARDS), cache)), url=url)
     directory = Path(directory)
     path = directory / MANIFEST
     if not path.is_file():
@@ -75,21 +121,49 @@ def load_manifest(directory) -> Manifest:
     if sum(manifest.sizes) != manifest.samples or len(manifest.sizes) != header["shards"]:
         raise ValueError(f"{path}: {manifest.samples} samples in {header['shards']} shards, but {SHARDS} lists "
                          f"{sum(manifest.sizes)} in {len(manifest.sizes)}: copy both files again")
+    _check_names(manifest)
     return manifest
 
 
-def check_files(manifest: Manifest) -> None:
-    """Every shard is there with its recorded size, and its index (stat only); ValueError names the first missing."""
-    for name, size in zip(manifest.names, manifest.bytes, strict=True):
-        shard = manifest.path / name
-        if not shard.is_file():
+def check_files(manifest: Manifest, remote: bool = True) -> None:
+    """Every shard is there with its recorded size, and its index (stat only); ValueError names the first missing.
+
+    remote: look at shards with a URL too (one request each, several at a time).
+    """
+    shards = [manifest.shard(number) for number in range(len(manifest.names))]
+    found = _sizes([shard for shard in shards if remote or not is_url(shard)])
+    for number, (shard, size) in enumerate(zip(shards, manifest.bytes, strict=True)):
+        if shard not in found:
+            continue
+        if found[shard] is None:
             raise ValueError(f"shard {shard} is missing ({size} bytes expected): copy it again, or convert again")
-        found = shard.stat().st_size
-        if found != size:
-            raise ValueError(f"shard {shard}: {size} bytes expected, {found} found: the copy is incomplete or the file "
-                             f"was changed; copy it again, and see `dsvlm data verify {manifest.path}`")
-        if not shard.with_suffix(".arrow").is_file():
-            raise ValueError(f"index {shard.with_suffix('.arrow')} is missing: copy it again")
+        if found[shard] != size:
+            raise ValueError(f"shard {shard}: {size} bytes expected, {found[shard]} found: the copy is incomplete or "
+                             f"the file was changed; copy it again, and see `dsvlm data verify {manifest.path}`")
+        if manifest.url is None and not manifest.index(number).is_file():
+            raise ValueError(f"index {manifest.index(number)} is missing: copy it again")
+
+
+def _sizes(shards: list[str]) -> dict[str, int | None]:
+    """Bytes of each shard, None = it is not there."""
+    found = {shard: os.path.getsize(shard) if os.path.isfile(shard) else None for shard in shards if not is_url(shard)}
+    urls = [shard for shard in shards if is_url(shard)]
+    if urls:
+        from dsvlm.data.remote import sizes
+
+        found |= sizes(urls)
+    return found
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Shards lie in the set's directory, unless the set was made by `dsvlm data index`; a program is never run."""
+    for name in manifest.names:
+        parts = name.split("/")
+        away = is_url(name) or name.startswith("/") or ".." in parts
+        runs = "::" in name or name.startswith("pipe:")
+        if not name or runs or "\0" in name or (away and manifest.mapping is None):
+            raise ValueError(f"{manifest.path / SHARDS}: shard name {name!r} leaves the directory: only sets that "
+                             f"`dsvlm data index --out` made may name files elsewhere, and none may name programs")
 
 
 def _shards(path: Path, expected: str) -> dict[str, list]:

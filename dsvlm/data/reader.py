@@ -2,14 +2,20 @@
 
 import hashlib
 import json
+import mmap
 import os
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import accumulate
 from zlib import crc32
 
 import numpy as np
 
+from dsvlm.data.fields import make_record
 from dsvlm.data.index import ShardIndex
-from dsvlm.data.manifest import Manifest
+from dsvlm.data.manifest import Manifest, is_url
+from dsvlm.data.stream import LocalFile
 
 OPEN_SHARDS = 64          # per shard set and process: well below the usual limit of 1024 descriptors
 
@@ -29,26 +35,30 @@ class BadSample(ValueError):
 class ShardReader:
     """Reads the samples of one shard set by number (0 .. samples-1 over the concatenated shards).
 
-    Shards are opened when first needed. Descriptors are only read with `pread`, so a forked process may keep using
-    them; pickling carries the manifest alone. ValueError (the run cannot go on) when a shard or its index is missing or
-    is not the one of the manifest; BadSample when only the sample is damaged.
+    cache: directory on the node for parts of remote shards, default below the temporary directory; cache_mb: its size
+    in MiB, 0 = no cache. Shards are opened when first needed. Descriptors are only read with `pread`, so a forked
+    process may keep using them; pickling carries the manifest alone. ValueError (the run cannot go on) when a shard or
+    its index is missing or is not the one of the manifest; BadSample when only the sample is damaged; OSError when a
+    disk or, after several attempts, a store does not answer.
     """
 
-    def __init__(self, manifest: Manifest):
-        self.manifest = manifest
-        self._starts = np.concatenate([[0], np.cumsum(manifest.sizes, dtype=np.int64)])
-        self._shard = lru_cache(OPEN_SHARDS)(partial(_Shard, manifest))
+    def __init__(self, manifest: Manifest, cache: str = "", cache_mb: int = 10_000):
+        self.manifest, self.cache, self.cache_mb = manifest, cache, cache_mb
+        self._starts = [0, *accumulate(manifest.sizes)]
+        self._remote = any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
+        shared = _Shared(manifest, cache, cache_mb if self._remote else 0)
+        self._shard = lru_cache(OPEN_SHARDS)(partial(_Shard, shared))
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def __reduce__(self):
-        return ShardReader, (self.manifest,)
+        return ShardReader, (self.manifest, self.cache, self.cache_mb)
 
     def crc(self, sample: int) -> int:
         """The checksum of all members of the sample, as the index has it (uint32)."""
         shard, row = self._find(sample)
-        return int(shard.index.column("crc")[row])
+        return shard.index.crc[row]
 
     def key(self, sample: int) -> str:
         """The key of the sample."""
@@ -58,77 +68,231 @@ class ShardReader:
     def where(self, sample: int) -> str:
         """`shard-000003.tar:KEY`, for messages and journals."""
         shard, row = self._find(sample)
-        return f"{shard.name}:{shard.index.key(row)}"
+        return shard.where(row)
 
     def record(self, sample: int) -> dict:
-        """The sample's record (its `json` member), checked against its crc; BadSample when damaged or not an object."""
+        """The sample's record, checked against its crc; BadSample when damaged or not an object."""
         shard, row = self._find(sample)
-        data = shard.read(row, "json")
-        try:
-            record = json.loads(data)
-        except ValueError as error:
-            raise BadSample(f"the record is not JSON ({error})", shard.where(row)) from error
-        if not isinstance(record, dict):
-            raise BadSample(f"the record is a {type(record).__name__}, not an object", shard.where(row))
-        return record
+        return shard.record(row)
 
     def image(self, sample: int) -> bytes | None:
-        """The encoded bytes of the first image, checked against their crc; None when the sample has no image."""
+        """The encoded bytes of the image, checked against their crc; None when the sample has no image."""
         shard, row = self._find(sample)
         extension = shard.index.image(row)
         return None if extension is None else shard.read(row, extension)
-
-    def fetch(self, samples: np.ndarray, when: int) -> None:
-        """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards."""
 
     def read(self, sample: int, extension: str) -> bytes:
         """The bytes of one member, checked against their crc; BadSample when it is absent or damaged."""
         shard, row = self._find(sample)
         return shard.read(row, extension)
 
+    def read_many(self, samples: np.ndarray, extension: str, check: bool = True) -> list[bytes | BadSample | None]:
+        """One member of each of `samples` ([n] int64); the places of all are looked up at once.
+
+        Absent members are None, damaged ones the BadSample that `read` raises. check: compare checksums, at the price
+        of a pass over the bytes (about 4 GB/s).
+        """
+        found: list = [None] * len(samples)
+        for shard, rows, places in self._groups(samples):
+            for place, data in zip(places.tolist(), shard.read_many(rows, extension, check), strict=True):
+                found[place] = data
+        return found
+
+    def fetch(self, samples: np.ndarray, when: int) -> None:
+        """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards.
+
+        Their parts of remote shards come into the node's cache, neighbours in one request, several requests at a time.
+        """
+        if not self._remote or not len(samples):
+            return
+        from dsvlm.data.cached import coalesce
+        from dsvlm.data.remote import CONCURRENT
+
+        requests = [(shard, *range_) for shard, rows, _ in self._groups(samples) if shard.is_remote
+                    for range_ in coalesce(shard.extents(rows))]
+        with ThreadPoolExecutor(min(CONCURRENT, max(1, len(requests)))) as pool:
+            for done in [pool.submit(shard.file.fetch, start, stop, when) for shard, start, stop in requests]:
+                done.result()
+
     def _find(self, sample: int) -> "tuple[_Shard, int]":
+        sample = int(sample)
         assert 0 <= sample < self.manifest.samples, (sample, self.manifest.samples)
-        number = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return self._shard(number), int(sample - self._starts[number])
+        number = bisect_right(self._starts, sample) - 1
+        return self._shard(number), sample - self._starts[number]
+
+    def _groups(self, samples: np.ndarray):
+        """(shard, rows in it, places in `samples`) for each shard that holds some of the samples."""
+        samples = np.asarray(samples, np.int64)
+        numbers = np.searchsorted(self._starts, samples, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            yield self._shard(number), samples[places] - self._starts[number], places
+
+
+class _Shared:
+    """What the shards of one reader share: the manifest, the node's cache and which indexes were checked."""
+
+    def __init__(self, manifest: Manifest, cache: str, cache_mb: int):
+        self.manifest, self.cache_directory = manifest, cache
+        self.checked: set[int] = set()
+        self.cache = None
+        if cache_mb:
+            from dsvlm.data.range_cache import RangeCache
+            from dsvlm.data.remote import cache_directory
+
+            self.cache = RangeCache(cache_directory(cache), cache_mb * 2**20)
+        self.groups = None
+        if any(name.endswith(".parquet") for name in manifest.names):
+            from dsvlm.data.parquet import RowGroups
+
+            self.groups = RowGroups()
 
 
 class _Shard:
-    """An open shard: its index and a descriptor, closed with the last reference."""
+    """An open shard: its index and its file, closed with the last reference."""
 
-    def __init__(self, manifest: Manifest, number: int):
-        self.name = manifest.names[number]
-        path = manifest.path / self.name
-        index = path.with_suffix(".arrow")
-        self._fd = None
+    def __init__(self, shared: _Shared, number: int):
+        manifest = shared.manifest
+        self.name, self.mapping = manifest.names[number], manifest.mapping
+        path = manifest.shard(number)
+        self.is_remote = is_url(path)
+        _check_index(shared, number)
+        self.index = ShardIndex(manifest.index(number), (self.mapping or {}).get("image"))
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            found = hashlib.sha256(index.read_bytes()).hexdigest()
+            self.file = _cached(shared, number) if self.is_remote else LocalFile(path)
         except OSError as error:
-            raise ValueError(f"cannot open shard {path} with its index: {error}: copy it again") from error
-        if found != manifest.index_sha256[number]:
-            raise ValueError(f"index {index}: sha256 {manifest.index_sha256[number]} expected, {found} found: "
-                             f"copy it again, and see `dsvlm data verify {manifest.path}`")
-        self.index = ShardIndex(index)
+            raise ValueError(f"cannot open shard {path}: {error}: copy it again") from error
+        self._read, self._again = self.file.read, getattr(self.file, "read_again", None)
+        self.parquet = None
+        if shared.groups is not None:
+            from dsvlm.data.parquet import ParquetFile
 
-    def __del__(self):
-        if self._fd is not None:
-            os.close(self._fd)
+            self.parquet = ParquetFile(path, self.file, self.mapping, shared.groups)
 
     def where(self, row: int) -> str:
         return f"{self.name}:{self.index.key(row)}"
+
+    def record(self, row: int) -> dict:
+        if self.mapping is not None and self.parquet is None:
+            try:
+                return make_record(self.mapping["fields"], partial(self.read, row))
+            except ValueError as error:
+                if isinstance(error, BadSample):
+                    raise
+                raise BadSample(str(error), self.where(row)) from error
+        data = self.read(row, "json")
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"the record is not JSON ({error})", self.where(row)) from error
+        if not isinstance(record, dict):
+            raise BadSample(f"the record is a {type(record).__name__}, not an object", self.where(row))
+        return record
 
     def read(self, row: int, extension: str) -> bytes:
         member = self.index.member(row, extension)
         if member is None:
             raise BadSample(f"no member {extension!r}", self.where(row))
         offset, size, crc = member
+        data = self._bytes(row, extension, offset, size)
+        if len(data) != size or crc32(data) != crc:
+            data = self._repaired(row, extension, member, data)
+        return data
+
+    def read_many(self, rows: np.ndarray, extension: str, check: bool) -> list[bytes | BadSample | None]:
+        if extension not in self.index.extensions:
+            return [None] * len(rows)
+        columns = (self.index.column(f"{extension}.{field}")[rows].tolist() for field in ("offset", "size", "crc"))
+        if self.parquet is None and not check:
+            read = self._read
+            return [read(offset, size) if offset else None for offset, size, _ in zip(*columns, strict=True)]
+        found: list = []
+        for row, offset, size, crc in zip(rows.tolist(), *columns, strict=True):
+            try:
+                data = self._bytes(row, extension, offset, size) if offset else None
+                if check and offset and (len(data) != size or crc32(data) != crc):
+                    data = self._repaired(row, extension, (offset, size, crc), data)
+            except BadSample as error:
+                data = error
+            found.append(data)
+        return found
+
+    def extents(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """(start, stop) of what training reads of each row."""
+        if self.parquet is not None:
+            return self.parquet.extents(rows)
+        places = [] if self.mapping is None else list(self.mapping["fields"].values())
+        wanted = {*self.index.images, *(place.partition(":")[0] for place in places or ["json"])}
+        starts, stops = np.full(len(rows), 2**62), np.zeros(len(rows), np.int64)
+        for extension in wanted & set(self.index.extensions):
+            offset = self.index.column(f"{extension}.offset")[rows].astype(np.int64)
+            stop = offset + self.index.column(f"{extension}.size")[rows]
+            starts = np.where(offset > 0, np.minimum(starts, offset), starts)
+            stops = np.where(offset > 0, np.maximum(stops, stop), stops)
+        stops = np.minimum(stops, self.file.size)
+        return [(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True) if start < stop]
+
+    def _bytes(self, row: int, extension: str, offset: int, size: int) -> bytes:
+        if self.parquet is not None:
+            try:
+                return self.parquet.read(offset - 1, extension)
+            except ValueError as error:
+                raise BadSample(str(error), self.where(row)) from error
+        if offset + size > self.file.size:
+            raise BadSample(f"{extension} is truncated: {max(0, self.file.size - offset)} of {size} bytes",
+                            self.where(row))
         try:
-            data = os.pread(self._fd, size, offset)
+            return self._read(offset, size)
         except OSError as error:
-            raise OSError(error.errno, f"{self.where(row)}: {error.strerror}") from error
+            raise OSError(error.errno, f"{self.where(row)}: {error.strerror or error}") from error
+
+    def _repaired(self, row: int, extension: str, member: tuple[int, int, int], data: bytes) -> bytes:
+        """The bytes read again past a damaged cache; BadSample when they are not what the index says either."""
+        offset, size, crc = member
+        if self._again is not None and self.parquet is None:
+            data = self._again(offset, size)
         if len(data) != size:
             raise BadSample(f"{extension} is truncated: {len(data)} of {size} bytes", self.where(row))
         if crc32(data) != crc:
             raise BadSample(f"{extension} is damaged: crc32 {crc:08x} expected, {crc32(data):08x} found",
                             self.where(row))
         return data
+
+
+def _cached(shared: _Shared, number: int):
+    from dsvlm.data.cached import CachedFile
+    from dsvlm.data.remote import RemoteFile
+
+    manifest = shared.manifest
+    url, name = manifest.shard(number), manifest.names[number]
+    return CachedFile(RemoteFile(url, manifest.bytes[number], name), shared.cache, manifest.sha256[number][:32])
+
+
+def _check_index(shared: _Shared, number: int) -> None:
+    """The index is the one of the manifest; it is copied first when the set lies at a URL."""
+    if number in shared.checked:
+        return
+    manifest = shared.manifest
+    path, expected = manifest.index(number), manifest.index_sha256[number]
+    if manifest.url is not None:
+        from dsvlm.data.remote import download
+
+        download(f"{manifest.url}/{path.name}", path)
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        shard = manifest.shard(number)
+        raise ValueError(f"cannot open shard {shard} with its index: {error}: copy it again") from error
+    if found != expected:
+        raise ValueError(f"index {path}: sha256 {expected} expected, {found} found: "
+                         f"copy it again, and see `dsvlm data verify {manifest.path}`")
+    shared.checked.add(number)
+
+
+def _sha256(path) -> str:
+    """Of a mapped file: its pages are the page cache's, which the node's processes share."""
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return hashlib.sha256(b"").hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return hashlib.sha256(data).hexdigest()

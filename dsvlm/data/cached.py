@@ -1,0 +1,56 @@
+"""A remote shard behind the node's cache: fetched ahead in long ranges, read in short ones."""
+
+from collections.abc import Iterable
+
+from dsvlm.data.range_cache import RangeCache
+from dsvlm.data.remote import RemoteFile
+
+GAP = 64 * 2**10                  # bytes between two samples that cost less to read than another request
+LONGEST = 8 * 2**20               # bytes of one request: longer ones go side by side
+
+
+class CachedFile:
+    """`read` as a local file's; `cache` None = every read is a request.
+
+    shard: what the cache calls the file. step: until the first `fetch` says better, what is read is needed now.
+    """
+
+    def __init__(self, file: RemoteFile, cache: RangeCache | None, shard: str):
+        self.file, self.cache, self.shard = file, cache, shard
+        self.size, self.step = file.size, 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes from `offset` on, fewer at the end; from the cache, or by a request of their own."""
+        size = max(0, min(size, self.size - offset))
+        if self.cache is None or not size:
+            return self.file.read(offset, size)
+        for _ in range(2):                # evicted between the two calls, in the worst case
+            data = self.cache.read(self.shard, offset, size)
+            if data is None:
+                data = self.cache.put(self.shard, offset, offset + size, self.file.read, self.step)
+            if data is not None:
+                return data
+        return self.file.read(offset, size)
+
+    def read_again(self, offset: int, size: int) -> bytes:
+        """The bytes from the store: those in the cache are damaged, so they are dropped."""
+        if self.cache is not None:
+            self.cache.forget(self.shard, offset, size)
+        return self.file.read(offset, size)
+
+    def fetch(self, start: int, stop: int, step: int) -> None:
+        """Bring one range into the cache; `step`: when it is used."""
+        self.step = max(self.step, step)
+        if self.cache is not None:
+            self.cache.put(self.shard, start, stop, self.file.read, step)
+
+
+def coalesce(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Extents (start, stop) as few, long ranges; none is cut, so that a sample lies in one range."""
+    ranges: list[tuple[int, int]] = []
+    for start, stop in sorted(extents):
+        if ranges and start - ranges[-1][1] <= GAP and max(stop, ranges[-1][1]) - ranges[-1][0] <= LONGEST:
+            ranges[-1] = (ranges[-1][0], max(stop, ranges[-1][1]))
+        else:
+            ranges.append((start, stop))
+    return ranges

@@ -1,0 +1,182 @@
+"""Parquet files with image bytes (as Hugging Face writes them), read where they lie, one row group at a time.
+
+In the index of such a shard `EXT.offset` is the row's number in the file plus 1 (0 = absent, as in a tar). `image` is
+the image's bytes, `json` the record that the fields give, as JSON with sorted keys: `size` and `crc` are of these.
+"""
+
+import io
+import json
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from dsvlm.data.fields import checked, follow
+from dsvlm.data.index import Row, index_row, index_table
+
+CACHED = 256 * 2**20              # bytes of row groups that a reader keeps, all its files together
+LARGEST = 2**30                   # bytes of a row group's image column: a random sample needs all of it
+
+
+class RowGroups:
+    """Least recently used columns of row groups; safe between threads."""
+
+    def __init__(self, limit: int = CACHED):
+        self.limit, self.used = limit, 0
+        self.columns: OrderedDict[tuple, pa.Table] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, key: tuple, load) -> pa.Table:
+        """The table of a key, by `load()` when it is not here; one is always kept."""
+        with self.lock:
+            if key in self.columns:
+                self.columns.move_to_end(key)
+                return self.columns[key]
+        table = load()
+        with self.lock:
+            if key not in self.columns:
+                self.columns[key] = table
+                self.used += table.nbytes
+            while self.used > self.limit and len(self.columns) > 1:
+                self.used -= self.columns.popitem(last=False)[1].nbytes
+        return table
+
+
+class ParquetFile:
+    """One file, read by row: `image` or `json`.
+
+    file: `size` and `read(offset, size)`; mapping: `fields` (record key -> COLUMN or COLUMN:PATH) and `image`.
+    ValueError when it is no parquet file, a column is missing or a row group is too large for random access.
+    """
+
+    def __init__(self, path: str, file, mapping: dict, groups: RowGroups):
+        self.path, self.mapping, self.groups = path, mapping, groups
+        self._lock = threading.Lock()             # one reader of pyarrow's is not for several threads
+        try:
+            self._file = pa.parquet.ParquetFile(pa.PythonFile(RangeFile(file), "r"),
+                                                page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a parquet file ({error}): copy it again") from error
+        self.metadata = self._file.metadata
+        sizes = [self.metadata.row_group(number).num_rows for number in range(self.metadata.num_row_groups)]
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.columns = {"image": [mapping["image"].partition(":")[0]] if mapping["image"] else [],
+                        "json": sorted({place.partition(":")[0] for place in mapping["fields"].values()})}
+        names = self._file.schema_arrow.names
+        for name in (*self.columns["image"], *self.columns["json"]):
+            if name not in names:
+                raise ValueError(f"{path} has no column {name!r}: it has {', '.join(names)}")
+        for number in range(self.metadata.num_row_groups):
+            size = sum(chunk.total_uncompressed_size for chunk in self._chunks(number, "image"))
+            if size > LARGEST:
+                raise ValueError(f"{path}: row group {number} holds {size} bytes of images, more than {LARGEST}: write "
+                                 f"it with smaller row groups (pyarrow.parquet.write_table(..., row_group_size=100))")
+
+    @property
+    def rows(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, row: int, kind: str) -> bytes:
+        """The payload of one row; b"" when it has none. ValueError when a value does not fit its field."""
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
+        table = self.groups.get((self.path, group, kind), lambda: self._load(group, kind))
+        values = {name: table.column(name)[row - int(self.starts[group])].as_py() for name in table.column_names}
+        return self._image(values) if kind == "image" else self._record(values)
+
+    def extents(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """(start, stop) of the columns that are read of each row's row group."""
+        groups = np.unique(np.searchsorted(self.starts, rows, side="right") - 1)
+        chunks = (chunk for group in groups.tolist() for kind in self.columns for chunk in self._chunks(group, kind))
+        return [(start, start + chunk.total_compressed_size) for chunk in chunks for start in (_start(chunk),)]
+
+    def _load(self, group: int, kind: str) -> pa.Table:
+        with self._lock:
+            try:
+                return self._file.read_row_group(group, columns=self.columns[kind], use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and (error.errno or type(error) is not OSError):
+                    raise                         # the disk's or the store's, not pyarrow's own
+                raise ValueError(f"{self.path}: row group {group} is damaged ({error})") from error
+
+    def _chunks(self, group: int, kind: str) -> list:
+        chunks = (self.metadata.row_group(group).column(at) for at in range(self.metadata.num_columns))
+        return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in self.columns[kind]]
+
+    def _image(self, values: dict) -> bytes:
+        name, _, path = self.mapping["image"].partition(":")
+        value = values[name]
+        try:
+            value = value if value is None else follow(value, path)
+        except ValueError:
+            value = None                          # this row's list has fewer images
+        if isinstance(value, dict):
+            value = value.get("bytes")
+        if value is not None and not isinstance(value, bytes):
+            raise ValueError(f"column {name!r} of row holds {type(value).__name__}, not image bytes")
+        return value or b""
+
+    def _record(self, values: dict) -> bytes:
+        record = {}
+        for key, place in self.mapping["fields"].items():
+            name, _, path = place.partition(":")
+            record[key] = checked(key, place, follow(values[name], path))
+        return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def index_parquet(name: str, file, mapping: dict, progress=iter) -> pa.Table:
+    """The index of a file; keys are row numbers, and a row whose values do not fit the fields has no record.
+
+    progress: callable(iterable) -> iterable. ValueError when no row fits.
+    """
+    parquet = ParquetFile(name, file, mapping, RowGroups())
+    rows: list[Row] = []
+    reason = "it holds no row"
+    for row in progress(range(parquet.rows)):
+        members = {}
+        for kind in ("image", "json") if mapping["image"] else ("json",):
+            try:
+                if data := parquet.read(row, kind):
+                    members[kind] = (row + 1, data)
+            except ValueError as error:
+                reason = str(error)
+        rows.append(index_row(f"{row:08d}", members, "image"))
+    if not any("json" in row.members for row in rows):
+        raise ValueError(f"{name}: no row fits: {reason}")
+    return index_table(rows)
+
+
+def _start(chunk) -> int:
+    """First byte of a column chunk: its dictionary comes before its data."""
+    first = chunk.dictionary_page_offset
+    return chunk.data_page_offset if first is None else min(first, chunk.data_page_offset)
+
+
+class RangeFile(io.RawIOBase):
+    """What pyarrow wants of a file, over `read(offset, size)`."""
+
+    def __init__(self, file):
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._file.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def size(self) -> int:
+        return self._file.size
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._file.size - self._at)
+        data = self._file.read(self._at, left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data

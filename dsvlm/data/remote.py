@@ -1,0 +1,125 @@
+"""Byte ranges of files at URLs, through fsspec, with patience for stores that fail now and then."""
+
+import hashlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ATTEMPTS = 7                      # of one request: with the waits below about 16 s
+FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0                                     # seconds, doubled each time
+CONCURRENT = 16                   # requests of one process at a time
+# Asking again does not help against these; everything else a store raises may be gone the next time.
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, NotImplementedError, ValueError)
+
+
+class RemoteError(OSError):
+    """A store did not answer, or not with what was asked for, at any attempt."""
+
+
+class RemoteFile:
+    """A file at a URL. Nothing of it is open, so it may be pickled, forked and used by several threads.
+
+    name: what messages call it. size: in bytes; None = ask the store.
+    """
+
+    def __init__(self, url: str, size: int | None = None, name: str = ""):
+        self.url, self.name = url, name or url
+        if size is None:
+            size = sizes([url])[url]
+        if size is None:
+            raise ValueError(f"no file {url}")
+        self.size = size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes from `offset` on, fewer at the end of the file; RemoteError names shard, URL and attempts."""
+        stop = min(offset + size, self.size)
+        return b"" if stop <= offset else retry(self.url, self.name, lambda: self._range(offset, stop))
+
+    def _range(self, start: int, stop: int) -> bytes:
+        fs, path = connect(self.url)
+        data = bytes(fs.cat_file(path, start=start, end=stop))
+        if len(data) > stop - start:
+            raise ValueError(f"{len(data)} bytes instead of {stop - start}: the server does not support ranges")
+        if len(data) < stop - start:
+            raise OSError(f"{len(data)} bytes instead of {stop - start}")
+        return data
+
+
+def connect(url: str):
+    """(file system, path) of a URL; fsspec keeps one file system per process and store."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
+
+
+def retry(url: str, name: str, request: Callable):
+    """The answer of a request, asked again after waits that double and are scattered, so that ranks do not pile up."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return request()
+        except PERMANENT as error:
+            raise RemoteError(f"{name} cannot be read from {url} (attempt {attempt}): {_reason(error)}") from error
+        except Exception as error:                  # each store has exceptions of its own
+            if attempt == ATTEMPTS:
+                raise RemoteError(f"{name} cannot be read from {url} after {attempt} attempts: {_reason(error)}; "
+                                  f"check the store and the network") from error
+            time.sleep(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
+
+
+def sizes(urls: Iterable[str]) -> dict[str, int | None]:
+    """Bytes of the file at each URL, None = there is none; several requests at a time."""
+    def size(url: str) -> int | None:
+        fs, path = connect(url)
+        return fs.info(path)["size"] if fs.exists(path) else None
+
+    urls = list(dict.fromkeys(urls))
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        return dict(zip(urls, pool.map(lambda url: retry(url, url, lambda: size(url)), urls), strict=True))
+
+
+def download(url: str, target: Path) -> None:
+    """Copy a small file, unless it is there already; complete or absent, also with several processes at it."""
+    if target.exists():
+        return
+    data = retry(url, target.name, lambda: _whole(url))
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.{random.getrandbits(32):08x}.partial")
+    partial.write_bytes(data)
+    partial.replace(target)
+
+
+def mirror(url: str, names: Iterable[str], cache: str) -> Path:
+    """A local directory with the named files of a directory at a URL; one directory per content of the first."""
+    first, *others = names
+    try:
+        data = retry(f"{url}/{first}", first, lambda: _whole(f"{url}/{first}"))
+    except RemoteError as error:
+        raise ValueError(f"no shard set at {url}: {error}") from error
+    content = hashlib.sha256(url.encode() + b"\0" + data).hexdigest()[:32]
+    directory = cache_directory(cache) / "sets" / content
+    for name in (first, *others):
+        download(f"{url}/{name}", directory / name)
+    return directory
+
+
+def cache_directory(cache: str) -> Path:
+    """The node's directory for parts of remote files, made when absent; ValueError when it is somebody else's."""
+    default = Path(tempfile.gettempdir()) / f"dsvlm-cache-{os.getuid()}"
+    directory = Path(cache) if cache else default
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not cache and directory.stat().st_uid != os.getuid():
+        raise ValueError(f"{directory} belongs to another user: set data.remote_cache to a directory of your own")
+    return directory
+
+
+def _whole(url: str) -> bytes:
+    fs, path = connect(url)
+    return bytes(fs.cat_file(path))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
