@@ -1,0 +1,225 @@
+"""Stop-and-go: the published state machine, exact counts of updates, and a plan that may be cut anywhere."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import Phase as HypothesisPhase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsvlm.schedule.controller import Controlled, Progress, StopAndGo, score
+from dsvlm.schedule.digest import digest
+from dsvlm.schedule.mixture import Phase, Taken
+from dsvlm.schedule.plan import Plan, Schedule, Stream
+
+steady = settings(derandomize=True, deadline=None, database=None, phases=[HypothesisPhase.generate], max_examples=60)
+
+TRACES = {  # scores of one task, decision by decision; the ones after which it is stopped are marked
+    "plateau": ".5 .6 .6003 .6004* .6005* .6005*",
+    "diverge": ".6 .6 .6* .6* .596 .596 .61 .61 .61* .61*",
+    "improving while stopped never resumes": ".6 .6 .6* .65* .70* .70* .70*",
+    "a drop in the decision that stops again is seen one later": ".6 .6 .6* .6* .6* .59* .59",
+    "negative scores break the relative rule": "-.9 -.9 -.95 -1.2*",
+}
+
+
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES)
+def test_golden_traces(trace):
+    task = Progress()
+    for mark in trace.split():
+        task = StopAndGo().judge(task, float(mark.rstrip("*")))
+        assert task.stopped == mark.endswith("*"), mark
+
+
+@pytest.mark.parametrize("trace", list(TRACES.values())[:-1], ids=list(TRACES)[:-1])
+def test_golden_traces_through_the_plan(trace):
+    """The same traces as losses of an interval, beside a task that always improves; packed and restored in between."""
+    control = Controlled([Phase(0, (3, 4))], StopAndGo(every=2))
+    for number, mark in enumerate(trace.split()):
+        other = Controlled([Phase(0, (3, 4))], StopAndGo(every=2))
+        other.restore(control.pack())
+        control = other
+        nll = np.array([1 / float(mark.rstrip("*")) - 1, 10.0 / (number + 1)])
+        control.observe(2 * number, 2 * nll, np.array([2.0, 1.0]))
+        control.observe(2 * number + 1, nll, np.array([1.0, 1.0]))
+        assert control.stopped() == ([0] if mark.endswith("*") else []), mark
+
+
+def test_scores_are_positive_and_higher_is_better():
+    scores = score(np.array([0.0, 3.0, 1e300, 5.0]), np.array([2.0, 3.0, 1.0, 0.0]))
+    assert scores[:2].tolist() == [1.0, 0.5] and 0 < scores[2] < 1e-290 and np.isnan(scores[3])
+
+
+SCHEDULE = Schedule(7, "mixed", (Stream("small", (19,), 2, 1), Stream("large", (90, 91), 5, 1)))
+FLAT, FALLING = 1.0, None
+
+
+def feed(control, steps, *losses):
+    """Observe some updates: each task's targets are its samples in the window; FALLING losses never stop gaining."""
+    for step in steps:
+        table = control.table(step)
+        targets = np.zeros(len(losses))
+        targets[table[:, 0]] = table[:, 2]
+        mean = np.array([1e9 * 0.97**step if loss is FALLING else loss for loss in losses])
+        control.observe(step, mean * targets, targets)
+
+
+def taking_part(control, task, steps):
+    return [step for step in steps if task in control.table(step)[:, 0]]
+
+
+@pytest.mark.parametrize("gap", [2, 4, 7])
+@pytest.mark.parametrize("every", [1, 4, 10])
+def test_a_stopped_task_takes_part_in_every_gapth_update(every, gap):
+    """Exactly ceil(n / gap) of the n updates since it stopped, for every n; decisions in between change nothing."""
+    control = Controlled([Phase(0, (2, 5))], StopAndGo(every=every, gap=gap))
+    taken, stopped = [], None
+    for step in range(100):
+        taken += taking_part(control, 0, [step])
+        feed(control, [step], FLAT, FALLING)
+        if stopped is None and control.stopped() == [0]:
+            stopped, taken = step + 1, []
+        if stopped:
+            assert len(taken) == -(-(step + 1 - stopped) // gap)
+    # The first score is the best, the second and third gain nothing: stopped after three intervals.
+    assert stopped == 3 * every
+
+
+def test_where_all_are_stopped_all_run():
+    control = Controlled([Phase(0, (2, 5))], StopAndGo(every=2))
+    feed(control, range(40), FLAT, FLAT)
+    assert control.stopped() == [0, 1]
+    assert all(len(control.table(step)) == 2 for step in range(40, 60))
+    # Also where the only task that is not stopped is paused by a phase.
+    control = Controlled([Phase(0, (2, 5)), Phase(20, (2, 0)), Phase(30, (2, 5))], StopAndGo(every=2, gap=4))
+    feed(control, range(20), FLAT, FALLING)
+    assert control.stopped() == [0]
+    assert (control.cursors(30) - control.cursors(20)).tolist() == [2 * 10, 0]
+    assert (control.cursors(50) - control.cursors(30)).tolist() == [2 * 5, 5 * 20]
+    ahead = control.cursors(50).tolist()
+    feed(control, range(20, 50), FLAT, FALLING)
+    assert control.cursors(50).tolist() == ahead
+
+
+def test_a_task_without_targets_is_not_judged():
+    """Paused or masked for an interval: neither better nor worse."""
+    control = Controlled([Phase(0, (2, 5))], StopAndGo(every=1))
+    for step in range(20):
+        control.observe(step, np.array([0.0, 2.0]), np.array([0.0, 1.0]))
+    assert control.stopped() == [1] and control.state.tasks["best"][0] == -np.inf
+
+
+def test_nothing_decided_is_the_plan_without_a_controller():
+    """Until the first decision, and after those that stop nobody, digests are those of the plan without one."""
+    for strategy in ("accumulate", "mixed"):
+        schedule = replace(SCHEDULE, strategy=strategy, phases=(Phase(0, (2, 5)), Phase(7, (3, 1))))
+        free, steered = Plan(schedule), Plan(schedule, StopAndGo(every=5))
+        for step in range(30):
+            assert digest(b"", steered.window(step)) == digest(b"", free.window(step))
+            assert np.array_equal(steered.cursors(step), free.cursors(step))
+            steered.control.observe(step, np.array([1.0, 2.0]) * 0.9**step, np.ones(2))
+        assert not steered.control.stopped()
+
+
+def told(plan, steps, losses, cut=None):
+    """Tables of some updates under feedback; `cut`: after every so many the state goes through a checkpoint."""
+    tables = []
+    for step in steps:
+        if cut and step % cut == 0:
+            saved = json.loads(json.dumps(plan.control.pack()))
+            plan = Plan(plan.schedule, plan.control.controller)
+            plan.control.restore(saved)
+        tables.append(plan.window(step).table.tobytes())
+        plan.control.observe(step, losses[step] * 5, np.full(losses.shape[1], 5.0))
+    return tables, plan
+
+
+@st.composite
+def controlled(draw):
+    tasks = draw(st.integers(1, 4))
+    starts = sorted({0, *draw(st.lists(st.integers(1, 50), max_size=3))})
+    shares = st.tuples(*[st.integers(0, 6)] * tasks).filter(any)
+    streams = tuple(Stream(f"t{index}", (draw(st.integers(1, 50)),), 1, 1) for index in range(tasks))
+    schedule = Schedule(1, draw(st.sampled_from(("accumulate", "mixed"))), streams,
+                        phases=tuple(Phase(start, draw(shares)) for start in starts))  # fmt: skip
+    controller = StopAndGo(every=draw(st.integers(1, 9)), gap=draw(st.integers(2, 6)), gain=0.02, loss=0.03)
+    losses = np.random.default_rng(draw(st.integers(0, 99))).choice([0.5, 0.52, 0.6, 0.3], (70, tasks))
+    return schedule, controller, losses
+
+
+@steady
+@given(controlled())
+def test_cursors_are_exact_under_control(drawn):
+    """Ordinals of each task are 0, 1, 2, ... through stops, phases and pauses; no window is empty (invariant 7)."""
+    schedule, controller, losses = drawn
+    plan = Plan(schedule, controller)
+    cursors = np.zeros(len(schedule.streams), np.int64)
+    for step in range(70):
+        window = plan.window(step)
+        assert np.array_equal(plan.cursors(step), cursors) and len(window)
+        for task, first, count in window.blocks:
+            assert first == cursors[task]
+            cursors[task] += count
+        plan.control.observe(step, losses[step] * 5, np.full(len(cursors), 5.0))
+
+
+@steady
+@given(controlled(), st.integers(1, 11))
+def test_cut_anywhere_and_gone_on_with(drawn, cut):
+    """Through a checkpoint in the middle of intervals and cooldowns: the same windows (invariant 4)."""
+    schedule, controller, losses = drawn
+    straight, plan = told(Plan(schedule, controller), range(70), losses)
+    again, other = told(Plan(schedule, controller), range(70), losses, cut)
+    assert again == straight and other.control.pack() == plan.control.pack()
+
+
+def test_the_drawn_runs_stop_and_go():
+    """The property tests above are about something: tasks stop, and go again, in the middle of cooldowns too."""
+    seen = set()
+    losses = np.random.default_rng(5).choice([0.5, 0.52, 0.6, 0.3], (400, 3))
+    plan = Plan(replace(SCHEDULE, streams=(*SCHEDULE.streams, Stream("third", (5,), 1, 1))),
+                StopAndGo(every=3, gap=5, gain=0.02, loss=0.03))  # fmt: skip
+    before = []
+    for step in range(400):
+        plan.control.observe(step, losses[step] * 5, np.full(3, 5.0))
+        now = plan.control.stopped()
+        seen |= {("stop", task) for task in set(now) - set(before)} | {("go", task) for task in set(before) - set(now)}
+        seen |= {"cooldown"} if plan.control.state.tasks["cooldown"].any() else set()
+        before = now
+    assert seen == {"cooldown", *((kind, task) for kind in ("stop", "go") for task in range(3))}
+
+
+@steady
+@given(controlled(), st.data())
+def test_a_window_is_a_function_of_state_and_step(drawn, data):
+    """Any order of calls, also ahead of later decisions and by another plan with the same state (invariant 5)."""
+    schedule, controller, losses = drawn
+    plan = told(Plan(schedule, controller), range(data.draw(st.integers(0, 69))), losses)[1]
+    start = plan.control.state.start
+    steps = data.draw(st.lists(st.integers(start, start + 100), min_size=1, max_size=8))
+    asked = [plan.window(step).table.tobytes() for step in steps]
+    other = Plan(schedule, controller)
+    other.control.restore(plan.control.pack())
+    assert [other.window(step).table.tobytes() for step in reversed(steps)] == asked[::-1]
+
+
+def test_updates_are_observed_once_and_in_order():
+    control = Controlled([Phase(0, (2, 5))], StopAndGo(every=2))
+    with pytest.raises(AssertionError, match="once"):
+        control.observe(2, np.ones(2), np.ones(2))
+    feed(control, range(2), FLAT, FLAT)
+    with pytest.raises(AssertionError, match="once"):
+        control.observe(1, np.ones(2), np.ones(2))
+    with pytest.raises(AssertionError, match="not kept"):
+        control.table(1)
+
+
+def test_a_small_task_stops_and_a_large_one_does_not():
+    """12-in-1's purpose: a task that is learnt soon takes a quarter of its updates from then on."""
+    control = Controlled([Phase(0, (2, 5))], StopAndGo(every=10, gap=4))
+    feed(control, range(430), FLAT, FALLING)
+    small, large = control.cursors(430) // (2, 5)
+    assert large == 430 and small == 30 + 100
+    assert Taken([Phase(0, (2, 5))]).cursors(430).tolist() == [860, 2150]
