@@ -93,10 +93,11 @@ class GitVlm(PreTrainedModel):
         """The loss of a batch as a sum, for normalisation over a window.
 
         Returns loss_sum [] = sum over targets of weight * nll (head losses included), at least fp32; and detached, per
-        sample [B]: nll (unweighted sum), count (int64 targets), correct (int64 targets predicted right).
+        sample [B]: nll (unweighted sum), count (int64 targets), correct (int64 targets predicted right), positions
+        (int64, its images and text in the row; an encoder-decoder's source), slots (float64 positions computed for it).
         """
         with self.keyed_dropout(batch):
-            hidden, row, start, pooled = self._states(batch)
+            layout, hidden, row, start, pooled = self._states(batch)
         live = batch.targets != IGNORE
         sample, column = live.nonzero(as_tuple=True)
         loss, nll, correct = self.get_output_embeddings()(
@@ -110,12 +111,14 @@ class GitVlm(PreTrainedModel):
             "nll": table.masked_scatter(live, nll).sum(dim=1) + head_nll,
             "count": live.sum(dim=1) + (batch.head >= 0),
             "correct": live.masked_scatter(live, correct).sum(dim=1) + head_correct,
+            "positions": layout.lengths,
+            "slots": layout.slots,
         }
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, L, vocab] logits at the positions of `batch.targets`: the whole tensor, for tests and evaluation."""
         with self.keyed_dropout(batch):
-            hidden, row, start, _ = self._states(batch)
+            _, hidden, row, start, _ = self._states(batch)
         column = torch.arange(batch.targets.shape[1], device=hidden.device)
         position = (start[:, None] + column).clamp(max=hidden.shape[1] - 1)
         return self.get_output_embeddings()(hidden[row[:, None], position])
@@ -173,10 +176,10 @@ class GitVlm(PreTrainedModel):
             return pixels, image_row
         return torch.cat((pixels, torch.zeros_like(pixels[:1]))), nn.functional.pad(image_row, (0, 1), value=-1)
 
-    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _states(self, batch: Batch) -> tuple[Layout, Tensor, Tensor, Tensor, Tensor]:
         pixels, image_row = self._images(batch)
         layout = self._layout(batch, image_row)
-        return self.flow.states(self.decoder, self._embeds(layout, pixels, batch.tokens), layout, batch)
+        return layout, *self.flow.states(self.decoder, self._embeds(layout, pixels, batch.tokens), layout, batch)
 
     def _layout(self, batch: Batch, image_row: Tensor) -> Layout:
         return lay_out(image_row, self.vision.tokens, batch.lengths, row=batch.row, width=batch.width)

@@ -35,6 +35,12 @@ class Layout:
         return self.image_lens + self.text_lens
 
     @property
+    def slots(self) -> Tensor:
+        """[B] float64: positions computed for each sample; a row counts for its samples by their lengths."""
+        used = self.lengths.new_zeros(len(self.sample)).index_add(0, self.row, self.lengths)
+        return self.sample.shape[1] * (self.lengths / used[self.row].double())
+
+    @property
     def real(self) -> Tensor:
         """[R, S] bool: not padding."""
         return self.sample >= 0

@@ -193,8 +193,8 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
     names = list(run.recipe.tasks)
     live = [draft for draft in window.drafts if not draft.reason]
     mine = sums.numpy()
-    total = run.guard.sum(np.concatenate([mine.ravel(), [clock.wait_share(), sums.slots]]))
-    nll, targets, right, tokens = total[: mine.size].reshape(mine.shape)
+    total = run.guard.sum(np.append(mine, clock.wait_share()))
+    nll, targets, right, tokens, used, slots = total[:-1].reshape(mine.shape)
     mine = [window_fingerprint(names, live), len(window.drafts) - len(live), len(window.drafts)]
     finger, bad, seen = run.guard.sum(np.array(mine, np.uint64).view(np.int64)).view(np.uint64).tolist()
     state = run.state = replace(run.state, step=window.step + 1, bad=run.state.bad + bad, seen=run.state.seen + seen)
@@ -205,8 +205,9 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
         "task_loss": {n: nll[i] / targets[i] for i, n in enumerate(names) if targets[i]},
         "task_accuracy": {n: right[i] / targets[i] for i, n in enumerate(names) if targets[i]},
         "lr": row["lr"], "grad_norm": None if norm is None else float(norm), "samples": seen, "masked": bad,
-        "tokens": int(tokens.sum()), "targets": int(targets.sum()), "useful_tokens": tokens.sum() / total[-1],
-        "tokens_per_s": tokens.sum() / seconds, "seconds": seconds, "data_wait": total[-2] / world_size,
+        "tokens": int(tokens.sum()), "targets": int(targets.sum()), "useful_tokens": used.sum() / slots.sum(),
+        "task_useful_tokens": {n: used[i] / slots[i] for i, n in enumerate(names) if slots[i]},
+        "tokens_per_s": tokens.sum() / seconds, "seconds": seconds, "data_wait": total[-1] / world_size,
         "digest": row["digest"], "fingerprint": f"{finger:016x}", **decide(run, window.step, nll, targets),
     })  # fmt: skip
     if bad:

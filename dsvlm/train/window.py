@@ -49,21 +49,18 @@ def accumulate(engine, batches: Iterable[Batch], sums: "WindowSums", *, seed: in
 
 
 class WindowSums:
-    """Sums per task over a window's micro-steps, kept on the device: no synchronisation before the optimizer step.
-
-    slots: text positions so far, padding included.
-    """
+    """Sums per task over a window's micro-steps, kept on the device: no synchronisation before the optimizer step."""
 
     def __init__(self, tasks: int, device: torch.device):
-        self.total = torch.zeros(4, tasks, dtype=torch.float64, device=device)
-        self.slots = 0
+        self.total = torch.zeros(6, tasks, dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, out: dict) -> None:
         live = batch.weight > 0
-        rows = torch.stack([out["nll"], out["count"], out["correct"], batch.lengths]).to(torch.float64)
-        self.total.index_add_(1, batch.task, torch.where(live, rows, 0.0))
-        self.slots += batch.tokens.numel()
+        columns = [out["nll"], out["count"], out["correct"], batch.lengths, out["positions"]]
+        rows = torch.where(live, torch.stack(columns).to(torch.float64), 0.0)
+        # what is computed for samples that do not teach, and for fillers, is as lost as padding
+        self.total.index_add_(1, batch.task, torch.cat((rows, out["slots"][None])))
 
     def numpy(self) -> np.ndarray:
-        """[4, tasks] float64: nll, targets, targets predicted right, text tokens."""
+        """[6, tasks] float64: nll, targets, targets predicted right, text tokens; positions in rows: used, computed."""
         return self.total.cpu().numpy()

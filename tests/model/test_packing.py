@@ -59,6 +59,7 @@ def assert_same(found, wanted, tolerance):
     for name, gradient in wanted_gradients.items():
         error = float((gradients[name] - gradient).abs().max()) / scale
         assert error <= tolerance, f"{name}: {error:.1e} of the largest gradient"
+    assert torch.equal(out["positions"], wanted_out["positions"])
     for name in ("loss_sum", "nll"):
         torch.testing.assert_close(out[name], wanted_out[name], rtol=100 * tolerance, atol=tolerance)
     assert torch.equal(out["count"], wanted_out["count"]) and torch.equal(out["correct"], wanted_out["correct"])

@@ -61,6 +61,7 @@ def test_packed_rows_hold_their_samples_in_order(image_row, packed, width):
         assert layout.sample[row].tolist() == [b for b in members for _ in samples[b]] + [-1] * padding
         assert layout.position[row].tolist() == [p for b in members for p in range(len(samples[b]))] + [0] * padding
         assert layout.is_image[row].sum() == sum(2 * image_row.count(b) for b in members)
+        torch.testing.assert_close(layout.slots[members].sum(), torch.tensor(float(embeds.shape[1])).double())
         assert [layout.start[b] for b in members] == [sum(len(samples[c]) for c in members if c < b) for b in members]
     embeds.sum().backward()
     live = torch.tensor(image_row) >= 0
