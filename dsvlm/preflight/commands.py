@@ -1,4 +1,4 @@
-"""`dsvlm data preview | bench | simulate`: what a recipe will do to its data, known before it is trained."""
+"""`dsvlm data lengths | preview | bench | simulate`: what a recipe will do to its data, known before it is trained."""
 
 import argparse
 import json
@@ -42,6 +42,26 @@ def _preview(args: argparse.Namespace) -> int:
             print(f"masked: task {entry['task']}, {entry['where']}: {entry['reason']}")
         print(report["page"])
     return 1 if report["masked"] else 0
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one alone)")
+    parser.epilog = "example:\n  %(prog)s quickstart --workers 8"
+    _add_json(parser)
+    parser.set_defaults(run=_lengths)
+
+
+def _lengths(args: argparse.Namespace) -> int:
+    from dsvlm.config import load_recipe
+    from dsvlm.preflight.lengths import lengths, render
+    from dsvlm.train.build import plan_run
+
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: expected at least 0")
+    rows = lengths(plan_run(load_recipe(args.recipe, args.set)), args.workers)
+    print(json.dumps(rows) if args.json else render(rows))
+    return 0
 
 
 def _add_simulate(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +129,7 @@ def _progress(args: argparse.Namespace):
 
 
 _COMMANDS = {
+    "lengths": (_add_lengths, "count the tokens of every sample, for a recipe that cuts its windows by length"),
     "preview": (_add_preview, "write a page of what the model will see: images, boxes, tokens, where the loss is"),
     "simulate": (_add_simulate, "show what one node of a large run will read, from the manifests alone"),
 }
