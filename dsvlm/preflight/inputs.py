@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsvlm.config import Recipe
+from dsvlm.data.lengths import Lengths
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.train.build import Planned, make_tokenizer
+from dsvlm.train.lengths import find_lengths
 from dsvlm.train.rundir import check_same_run
 
 
@@ -33,15 +35,28 @@ def image_shape(recipe: Recipe) -> ImageShape:
 
 def open_codec(planned: Planned, directory: str | None = None) -> tuple[TextCodec, str]:
     """The vocabulary that the run will use, and where it is from: a directory, the run's own, or trained now."""
-    recipe = planned.recipe
     if directory is not None:
-        return load_tokenizer(directory, recipe.text.bins), directory
-    if recipe.text.tokenizer != "train":
-        return make_tokenizer(planned), recipe.text.tokenizer
-    own = recipe.run_dir / "tokenizer"
-    if own.is_dir() and is_same_run(planned):
-        return load_tokenizer(own, recipe.text.bins), str(own)
-    return make_tokenizer(planned), "trained on the shards, as the run will"
+        return load_tokenizer(directory, planned.recipe.text.bins), directory
+    place = known_tokenizer(planned)
+    if place is None:
+        return make_tokenizer(planned), "trained on the shards, as the run will"
+    return load_tokenizer(place, planned.recipe.text.bins), place
+
+
+def known_tokenizer(planned: Planned) -> str | None:
+    """Directory of the run's vocabulary: the recipe's, or the one that a start has trained; None = not made yet."""
+    if planned.recipe.text.tokenizer != "train":
+        return planned.recipe.text.tokenizer
+    own = planned.recipe.run_dir / "tokenizer"
+    return str(own) if own.is_dir() and is_same_run(planned) else None
+
+
+def known_lengths(planned: Planned) -> tuple[TextCodec | None, list[Lengths] | None]:
+    """(vocabulary, lengths of each task), without reading a sample; None for what is not made yet."""
+    place = known_tokenizer(planned)
+    codec = None if place is None else load_tokenizer(place, planned.recipe.text.bins)
+    found = [] if codec is None else list(find_lengths(planned, codec).values())
+    return codec, found if found and None not in found else None
 
 
 def is_same_run(planned: Planned) -> bool:

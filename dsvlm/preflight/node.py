@@ -8,26 +8,35 @@ import numpy as np
 from dsvlm.data.manifest import Manifest
 from dsvlm.schedule.plan import Plan
 
+GAP = 64 * 2**10  # bytes between two samples that are read along with them, instead of a request more
+LONGEST = 8 * 2**20  # bytes of one request
+
 
 @dataclass(frozen=True)
 class NodeReads:
-    """The samples of one node over some steps, sorted by step and place on the store; arrays are [n].
+    """The samples of one node over some steps, in the order of steps, ranks and their place in the shards; arrays [n].
 
-    step, task: of each sample; shard: number over the shards of all tasks; start, stop: its bytes in the shard, as if
-    all samples of a shard were of one size.
+    task, sample: as the plan locates them; item: number of the sample over all tasks; shard: over the shards of all
+    tasks; start, stop: bytes in the shard, as if all samples of a shard were of one size; unit: number of the unit,
+    over all ranks and steps. widths, packed: [units], as in Unit.
     """
 
     steps: range
     step: np.ndarray
+    rank: np.ndarray
     task: np.ndarray
+    sample: np.ndarray
+    item: np.ndarray
     shard: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    unit: np.ndarray
+    widths: np.ndarray
+    packed: np.ndarray
 
-    def requests(self) -> np.ndarray:
-        """First sample of each request, indices into the arrays: neighbours in a shard are read together."""
-        apart = (np.diff(self.step) != 0) | (np.diff(self.shard) != 0) | (self.start[1:] > self.stop[:-1] + 0.5)
-        return np.flatnonzero(np.append(True, apart)) if len(self.step) else np.zeros(0, np.int64)
+    @property
+    def bytes(self) -> np.ndarray:
+        return self.stop - self.start
 
     def per_step(self, step: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """How often each step of `steps` stands in `step: [m]`, or the sum of its weights; [steps]."""
@@ -35,36 +44,55 @@ class NodeReads:
 
     def shards_open(self) -> np.ndarray:
         """Shards that each step reads from, [steps]."""
-        pairs = np.unique(np.stack([self.step, self.shard]), axis=1)
-        return self.per_step(pairs[0])
+        return self.per_step(np.unique(np.stack([self.step, self.shard]), axis=1)[0])
 
-    def parts(self, size: float) -> tuple[np.ndarray, np.ndarray]:
-        """(step, part) of the parts of `size` bytes that each step touches, [m] each: parts are equal pieces of shards.
+    def requests(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(requests, bytes) of each step, [steps] each, when the `wanted: [n] bool` samples are read from the store.
 
-        A part is a number that is unique over all shards.
+        Every rank asks for its own, neighbours in a shard together, with what lies between them if that is little.
         """
-        first, last = (self.start // size).astype(np.int64), ((self.stop - 0.5) // size).astype(np.int64)
-        lengths = last - first + 1
-        part = np.repeat(first, lengths) + np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        wide = int(last.max(initial=0)) + 1
-        pairs = np.stack([np.repeat(self.step, lengths), np.repeat(self.shard, lengths) * wide + part])
-        return tuple(np.unique(pairs, axis=1))
+        step, start, stop = self.step[wanted], self.start[wanted], self.stop[wanted]
+        if not len(step):
+            return np.zeros(len(self.steps)), np.zeros(len(self.steps))
+        place = np.stack([step, self.rank[wanted], self.shard[wanted]])
+        gap = start[1:] - stop[:-1]
+        far = np.append(True, (np.diff(place, axis=1) != 0).any(axis=0) | (gap > GAP))
+        run = np.cumsum(far) - 1
+        parts = ((start - start[far][run]) // LONGEST).astype(np.int64)  # long runs are asked for in parts
+        first = far | np.append(True, np.diff(parts) != 0)
+        between = np.append(0.0, np.where(first[1:], 0.0, np.maximum(gap, 0.0)))
+        return self.per_step(step[first]).astype(float), self.per_step(step, stop - start + between)
+
+    def padding(self, lengths: np.ndarray) -> tuple[int, int]:
+        """(useful, computed) positions of all units. lengths: [n] int64, positions of each sample."""
+        samples = np.bincount(self.unit, minlength=len(self.widths))
+        filled = np.bincount(self.unit, lengths, minlength=len(self.widths)).astype(np.int64)
+        longest = np.zeros(len(self.widths), np.int64)
+        np.maximum.at(longest, self.unit, lengths)
+        rows, row = np.where(self.packed, samples > 0, samples), np.where(self.packed, filled, longest)
+        return int(lengths.sum()), int((rows * np.maximum(self.widths, row)).sum())
 
 
 def node_reads(plan: Plan, manifests: Iterable[Manifest], dealt: Iterable, ranks: range, steps: range) -> NodeReads:
     """Locate what `ranks` read in `steps`; dealt: (window, rounds of all ranks) of each step."""
-    step, task, ordinal = [], [], []
+    step, rank, task, ordinal, counts, widths, packed = [], [], [], [], [], [], []
     for window, rounds in dealt:
-        places = np.concatenate([round_.unit(rank).places for round_ in rounds for rank in ranks])
-        tasks, ordinals = window.take(places)
-        step.append(np.full(len(places), window.step))
+        units = [(number, round_.unit(number)) for number in ranks for round_ in rounds]
+        sizes = [len(unit.places) for _, unit in units]
+        tasks, ordinals = window.take(np.concatenate([unit.places for _, unit in units]))
+        step.append(np.full(len(tasks), window.step))
+        rank.append(np.repeat([number for number, _ in units], sizes))
         task.append(tasks)
         ordinal.append(ordinals)
-    step, task, ordinal = (np.concatenate(column) for column in (step, task, ordinal))
+        counts += sizes
+        widths += [unit.width for _, unit in units]
+        packed += [unit.rows is not None for _, unit in units]
+    step, rank, task, ordinal = (np.concatenate(column) for column in (step, rank, task, ordinal))
     _, sample = plan.locate_all(task, ordinal)
-    shard, start, stop = ShardTable(tuple(manifests)).find(task, sample)
-    order = np.lexsort((start, shard, step))
-    return NodeReads(steps, step[order], task[order], shard[order], start[order], stop[order])
+    item, shard, start, stop = ShardTable(tuple(manifests)).find(task, sample)
+    order = np.lexsort((start, shard, rank, step))
+    columns = (step, rank, task, sample, item, shard, start, stop, np.repeat(np.arange(len(counts)), counts))
+    return NodeReads(steps, *(column[order] for column in columns), np.array(widths), np.array(packed))
 
 
 class ShardTable:
@@ -77,9 +105,9 @@ class ShardTable:
         self.mean = length / np.maximum(sizes, 1)  # bytes of a sample, of each shard
         self.task_first = np.cumsum([0] + [manifest.samples for manifest in manifests])
 
-    def find(self, task: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (shard, first byte, end) of samples of tasks, [n] each."""
+    def find(self, task: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(number over all tasks, shard, first byte, end) of samples of tasks, [n] each."""
         number = self.task_first[task] + sample
         shard = np.searchsorted(self.first_sample, number, side="right") - 1
         row, mean = number - self.first_sample[shard], self.mean[shard]
-        return shard, row * mean, (row + 1) * mean
+        return number, shard, row * mean, (row + 1) * mean

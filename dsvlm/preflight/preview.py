@@ -1,7 +1,6 @@
 """`dsvlm data preview`: a page of what the model will see, and the same figures as JSON."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,9 @@ from dsvlm.data.tokenizer import TextCodec
 from dsvlm.preflight.inputs import ImageShape, image_shape, open_codec
 from dsvlm.preflight.page import render_page
 from dsvlm.preflight.samples import TaskView, Viewer
-from dsvlm.schedule.plan import Window
-from dsvlm.schedule.strategy import deal
-from dsvlm.train.build import Planned
+from dsvlm.train.build import Planned, make_deal
 from dsvlm.train.checkpoint import write_file
+from dsvlm.train.lengths import find_lengths
 
 
 def preview(planned: Planned, steps: range, samples: int, out: Path, tokenizer: str | None, progress) -> dict:
@@ -24,7 +22,7 @@ def preview(planned: Planned, steps: range, samples: int, out: Path, tokenizer: 
     recipe, shape = planned.recipe, image_shape(planned.recipe)
     codec, source = open_codec(planned, tokenizer)
     views = Viewer(planned, codec, shape).view(steps, samples, progress)
-    shares = useful_shares(planned, views, steps)
+    shares = useful_shares(planned, codec, views, steps)
     tasks = {view.name: task_summary(view, planned, steps, share) for view, share in zip(views, shares, strict=True)}
     span = f"steps {steps.start} to {steps.stop - 1}" if len(steps) > 1 else f"step {steps.start}"
     note = f"What the model will see in {span}, before anything is trained."
@@ -68,20 +66,24 @@ def task_summary(view: TaskView, planned: Planned, steps: range, useful: float |
     }  # fmt: skip
 
 
-def useful_shares(planned: Planned, views: Sequence[TaskView], steps: range) -> list[float | None]:
+def useful_shares(
+    planned: Planned, codec: TextCodec, views: Sequence[TaskView], steps: range
+) -> list[float | None]:
     """Of the positions that one rank computes for each task, the share that is not padding; None where not known.
 
-    Known only where all samples of the steps were read.
+    Known only where all samples of the steps were read, and windows that are cut by length have their side files.
     """
+    if planned.recipe.train.micro_tokens and None in find_lengths(planned, codec).values():
+        return [None] * len(views)
     if any(view.read < view.planned for view in views):
         return [None] * len(views)
-    widths = [iter(view.widths) for view in views]
+    deal, widths = make_deal(planned, codec, 1), [iter(view.widths) for view in views]
     sums = np.zeros((2, len(views)))
     for step in steps:
         window = planned.plan.window(step)
         tasks = window.task
         lengths = np.array([next(widths[task]) for task in tasks.tolist()])
-        for round_ in dealt(planned, window, lengths):
+        for round_ in deal(window):
             places, rows, width = round_.unit(0)
             if len(places):
                 taken = row_positions(lengths[places], rows, width)
@@ -94,8 +96,3 @@ def row_positions(lengths: np.ndarray, rows: np.ndarray | None, width: int) -> n
     rows = np.arange(len(lengths)) if rows is None else rows
     filled = np.bincount(rows, lengths)
     return max(width, filled.max()) * lengths / filled[rows]
-
-
-def dealt(planned: Planned, window: Window, lengths: np.ndarray):
-    """The rounds of a window on one rank."""
-    return partial(deal, schedule=planned.schedule, world_size=1, micro_batch=planned.recipe.train.micro_batch)(window)

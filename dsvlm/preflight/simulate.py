@@ -1,19 +1,20 @@
 """`dsvlm data simulate`: what a run of many ranks will ask of its store, known without a GPU and without its data."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
+from dsvlm.data.lengths import Lengths
 from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use
+from dsvlm.preflight.inputs import known_lengths
 from dsvlm.preflight.node import NodeReads, node_reads
-from dsvlm.schedule.strategy import deal, idle_share
-from dsvlm.train.build import Planned
+from dsvlm.schedule.strategy import idle_share
+from dsvlm.train.build import Planned, make_deal
+from dsvlm.train.lengths import image_tokens
 
-PART = 4 * 2**20  # bytes of the pieces of a shard that the cache keeps
-STREAMS = 16  # requests that a node has under way at once
+STREAMS = 16  # requests that a rank has under way at once
 IDLE = 0.1  # share of places without a sample that is worth a word
 
 
@@ -74,103 +75,184 @@ def simulate(planned: Planned, cluster: Cluster, store: Store, steps: range, pro
 
     progress: callable(iterable, desc=, unit=) -> iterable. "findings": a sentence for each thing to change.
     """
+    codec, lengths = known_lengths(planned)
+    if planned.recipe.train.micro_tokens and codec is None:
+        raise ValueError(
+            "train.micro_tokens: windows are cut by the lengths of samples, which need a vocabulary, and text.tokenizer "
+            "is to be trained by the run: start it once, or set train.micro_tokens=0 here"
+        )
     waste: list[dict] = []
-    dealt = deal_steps(planned, cluster, progress(steps, desc="simulate", unit="step"), waste)
+    deal = make_deal(planned, codec, cluster.world_size)
+    dealt = deal_steps(planned, deal, cluster, progress(steps, desc="simulate", unit="step"), waste)
     reads = node_reads(planned.plan, planned.manifests.values(), dealt, cluster.ranks, steps)
-    cache, fetched, requests = through_cache(reads, store)
+    cache, missed = through_cache(reads, store)
+    requests, size = reads.requests(missed)
     report = {
         "recipe": planned.recipe.name,
         "world_size": cluster.world_size, "nodes": cluster.nodes, "node": cluster.node, "ranks": len(cluster.ranks),
         "steps": [steps.start, steps.stop],
         "tasks": tasks_of(planned),
-        "micro_steps": mean([row["micro_steps"] for row in waste]),
-        "fillers": mean([row["fillers"] for row in waste]),
-        "idle_share": mean([row["idle_share"] for row in waste]),
-        "reads": spread(reads),
+        "execution": {key: mean([row[key] for row in waste]) for key in waste[0]}
+        | {"useful_share": useful_share(planned, reads, lengths)},
+        "reads": {
+            "samples": summary(reads.per_step(reads.step)),
+            "bytes": summary(reads.per_step(reads.step, reads.bytes)),
+            "shards": summary(reads.shards_open()),
+        },
         "cache": cache,
-        "store": demand(store, cluster, requests, fetched),
+        "store": demand(store, cluster, requests, size),
     }  # fmt: skip
-    return report | {"findings": findings(report, store)}
+    return report | {"findings": findings(report)}
 
 
-def deal_steps(planned: Planned, cluster: Cluster, steps, waste: list[dict]) -> Iterator[tuple]:
+def deal_steps(planned: Planned, deal: Callable, cluster: Cluster, steps, waste: list[dict]) -> Iterator[tuple]:
     """(window, rounds) of each step; what of the rounds is wasted is appended to `waste`."""
-    dealer = partial(
-        deal, schedule=planned.schedule, world_size=cluster.world_size, micro_batch=planned.recipe.train.micro_batch
-    )
     for step in steps:
         window = planned.plan.window(step)
-        rounds = dealer(window)
+        rounds = deal(window)
         fillers = sum(cluster.world_size - round_.units for round_ in rounds)
-        waste.append({"micro_steps": len(rounds), "fillers": fillers, "idle_share": float(idle_share(rounds))})
+        waste.append({"samples": len(window), "micro_steps": len(rounds), "fillers": fillers,
+                      "idle_share": float(idle_share(rounds))})  # fmt: skip
         yield window, rounds
 
 
 def tasks_of(planned: Planned) -> dict:
-    """Samples of each task and its position at the end of the run."""
-    steps, found = planned.recipe.schedule.steps, {}
-    last = planned.plan.window(steps - 1)
-    for stream in planned.schedule.streams:
-        found[stream.name] = {"samples": stream.size}
-    for task, first, count in last.table.tolist():
-        stream = planned.schedule.streams[task]
-        epochs = (first + count) / stream.size
-        found[stream.name] |= {"epochs": epochs, "steps_per_epoch": steps / epochs}
-    return found
-
-
-def spread(reads: NodeReads) -> dict:
-    """What the node's samples are on the store, before any cache: figures per step."""
-    size = reads.stop - reads.start
-    runs = reads.requests()
+    """Each task's samples, how often the whole run goes through them, and the steps that an epoch takes."""
+    steps = planned.recipe.schedule.steps
+    taken = planned.plan.cursors(steps).tolist()
     return {
-        "samples": summary(reads.per_step(reads.step)),
-        "bytes": summary(reads.per_step(reads.step, size)),
-        "requests": summary(reads.per_step(reads.step[runs])),
-        "shards": summary(reads.shards_open()),
-    }
-
-
-def through_cache(reads: NodeReads, store: Store) -> tuple[dict, np.ndarray, np.ndarray]:
-    """What the cache keeps out of the store; (report, bytes fetched in each step, requests of each step)."""
-    step, part = reads.parts(PART)
-    capacity = store.cache_mb * 2**20 // PART
-    missed = misses_by_next_use(part, capacity)
-    report = {
-        "mb": store.cache_mb, "part_bytes": PART, "parts": int(capacity),
-        "touched": summary(reads.per_step(step)),
-        "different": int(len(np.unique(part))),
-        "hit_share_next_use": 1 - mean(missed),
-        "hit_share_last_use": 1 - mean(misses_by_last_use(part, capacity)),
+        stream.name: {
+            "samples": stream.size, "taken": count, "epochs": count / stream.size,
+            "steps_per_epoch": steps * stream.size / count if count else None,
+        }
+        for stream, count in zip(planned.schedule.streams, taken, strict=True)
     }  # fmt: skip
-    requests = reads.per_step(step[missed])
-    return report, requests * float(PART), requests
+
+
+def useful_share(planned: Planned, reads: NodeReads, lengths: list[Lengths] | None) -> float | None:
+    """Of the positions that the node computes, the share that is not padding; None when lengths are not known."""
+    if lengths is None:
+        return None
+    positions = np.zeros(len(reads.task), np.int64)
+    for task, table in enumerate(lengths):
+        here = reads.task == task
+        positions[here] = table.positions(reads.sample[here], image_tokens(planned.recipe))
+    useful, computed = reads.padding(positions)
+    return useful / computed
+
+
+def through_cache(reads: NodeReads, store: Store) -> tuple[dict, np.ndarray]:
+    """(what the cache of the node keeps out of the store, samples that miss it: [n] bool), eviction by next use.
+
+    The cache holds samples, as if all were of one size: ranges that hold several are counted by their samples.
+    """
+    size = float(reads.bytes.mean())
+    capacity = int(store.cache_mb * 2**20 / size)
+    missed = misses_by_next_use(reads.item, capacity)
+    report = {
+        "mb": store.cache_mb, "samples": capacity, "reads": len(reads.item),
+        "different": len(np.unique(reads.item)),
+        "hit_share_next_use": 1 - mean(missed),
+        "hit_share_last_use": 1 - mean(misses_by_last_use(reads.item, capacity)),
+    }  # fmt: skip
+    return report, missed
 
 
 def demand(store: Store, cluster: Cluster, requests: np.ndarray, size: np.ndarray) -> dict:
-    """What the node asks of the store, and how many requests must be under way at once in its busiest step."""
-    seconds = store.seconds(requests, size)
+    """What the node asks of the store in a step, and how many requests must be under way at once in the busiest one.
+
+    requests, size: [steps], requests and their bytes. Windows are read a step ahead, so they have its time.
+    """
+    seconds, streams = store.seconds(requests, size), STREAMS * len(cluster.ranks)
     found = {
-        "latency_ms": store.latency_ms, "mb_per_s": store.mb_per_s, "step_seconds": store.step_seconds,
-        "bytes": summary(size), "requests": summary(requests),
-        "least_step_seconds": float(seconds.max()) / STREAMS, "at_streams": STREAMS,
+        "latency_ms": store.latency_ms, "mb_per_s": store.mb_per_s, "requests": summary(requests),
+        "bytes": summary(size), "streams": streams, "step_seconds": store.step_seconds,
+        "least_step_seconds": float(seconds.max()) / streams,
     }  # fmt: skip
-    if store.step_seconds:
-        streams = math.ceil(float(seconds.max()) / store.step_seconds)
+    if store.step_seconds is not None:
+        needed = math.ceil(float(seconds.max()) / store.step_seconds)
         rate = float(size.mean()) / store.step_seconds / 1e6
-        found |= {"streams": streams, "node_mb_per_s": rate, "job_mb_per_s": rate * cluster.nodes,
-                  "keeps_up": streams <= STREAMS}  # fmt: skip
+        found |= {"streams_needed": needed, "node_mb_per_s": rate, "job_mb_per_s": rate * cluster.nodes,
+                  "keeps_up": needed <= streams}  # fmt: skip
     return found
 
 
-def findings(report: dict, store: Store) -> list[str]:
-    return []
+def findings(report: dict) -> list[str]:
+    """What a user should change, or know, before the run."""
+    found, store, idle = [], report["store"], report["execution"]["idle_share"]
+    if not store.get("keeps_up", True):
+        found.append(
+            f"the store does not keep up: the busiest step needs {store['streams_needed']} requests at a time on a "
+            f"node, which has {store['streams']}; let a step take {store['least_step_seconds']:.2f} s, raise "
+            "schedule.block, or make shards of smaller images"
+        )
+    if idle > IDLE:
+        found.append(
+            f"{idle:.0%} of the places for samples stay empty: raise tasks.*.samples, set schedule.rounds=packed, or "
+            "use fewer ranks"
+        )
+    return found
 
 
 def render(report: dict) -> str:
     """Return the report of `simulate` as text."""
-    import json
-    return json.dumps(report, indent=1)
+    execution, reads, cache, store = (report[key] for key in ("execution", "reads", "cache", "store"))
+    last = report["steps"][1] - 1
+    lines = [
+        f"{report['recipe']} on {report['world_size']} ranks, {report['nodes']} nodes; node {report['node']} "
+        f"({report['ranks']} ranks) over steps {report['steps'][0]} to {last}, from manifests alone",
+        "",
+        *table([
+            ["task", "samples", "epochs", "steps per epoch"],
+            *([name, f"{task['samples']:,}", f"{task['epochs']:.2f}", show(task["steps_per_epoch"])]
+              for name, task in report["tasks"].items()),
+        ]),
+        "",
+        f"update       {execution['samples']:,.0f} samples, {execution['micro_steps']:.1f} micro-steps, "
+        f"{execution['idle_share']:.1%} of the places idle, {execution['fillers']:,.0f} filler units",
+        f"padding      {useful(report)}",
+        "",
+        *table([
+            ["the node, per step", "mean", "most"],
+            ["samples", *both(reads["samples"])],
+            ["MB of samples", *both(reads["bytes"], 1e6)],
+            ["shards read", *both(reads["shards"])],
+            ["requests", *both(store["requests"])],
+            ["MB from the store", *both(store["bytes"], 1e6)],
+        ]),
+        "",
+        f"cache        {cache['mb']:,} MB hold {cache['samples']:,} samples, of {cache['different']:,} different ones "
+        f"read: {cache['hit_share_next_use']:.1%} hits by next use, {cache['hit_share_last_use']:.1%} by last use",
+        f"store        {store['latency_ms']:g} ms, {store['mb_per_s']:g} MB/s a stream: the busiest step takes "
+        f"{store['least_step_seconds']:.3f} s with {store['streams']} requests at a time",
+    ]  # fmt: skip
+    if store["step_seconds"] is not None:
+        lines.append(
+            f"             steps of {store['step_seconds']:g} s need {store['streams_needed']} at a time and "
+            f"{store['node_mb_per_s']:,.1f} MB/s on the node, {store['job_mb_per_s']:,.1f} MB/s in all: "
+            + ("it keeps up" if store["keeps_up"] else "it does NOT keep up")
+        )
+    return "\n".join([*lines, *(f"finding: {text}" for text in report["findings"])])
+
+
+def useful(report: dict) -> str:
+    share = report["execution"]["useful_share"]
+    return "not known: no lengths" if share is None else f"{share:.1%} of the positions that are computed are useful"
+
+
+def show(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
+
+
+def both(values: dict, unit: float = 1) -> list[str]:
+    return [f"{values[key] / unit:,.2f}".rstrip("0").rstrip(".") for key in ("mean", "max")]
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Lines of a table, its first column to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
 
 
 def mean(values) -> float:
