@@ -65,21 +65,24 @@ class Row:
 
 
 def collate(
-    rows: Sequence[Row], *, image_size: int, pad_id: int, width: int = 0, packed: Sequence[int] | None = None
-) -> Batch:
+    rows: Sequence[Row], *, image_size: int, pad_id: int, width: int = 0, packed: Sequence[int] | None = None,
+    pixels: np.ndarray | None = None,
+) -> Batch:  # fmt: skip
     """Pads texts to the longest. A unit without samples still sends one of weight 0: every rank runs every module.
 
-    rows: at least one; width, packed: the batch's `width` and `row`.
+    rows: at least one; width, packed: the batch's `width` and `row`; pixels: the rows' images, if they already are one
+    array, which the batch then shows without a copy.
     """
     assert rows, "a batch needs a row; the loader sends a masked one for a filler unit"
     if packed is not None:
         steps = np.diff(np.asarray(packed, np.int64), prepend=-1)
         assert len(steps) == len(rows) and steps[0] == 1 and np.isin(steps, (0, 1)).all(), f"packed rows {packed}"
     with_image = [i for i, row in enumerate(rows) if row.image is not None]
-    pixels = [rows[i].image for i in with_image] or [np.zeros((3, image_size, image_size), np.uint8)]
+    if pixels is None:
+        pixels = np.stack([rows[i].image for i in with_image] or [np.zeros((3, image_size, image_size), np.uint8)])
     answers = [row.text.answer for row in rows if row.text.answer is not None]
     return Batch(
-        pixels=torch.from_numpy(np.stack(pixels)),
+        pixels=torch.from_numpy(pixels),
         image_row=torch.tensor(with_image or [-1]),
         tokens=pad([row.text.tokens for row in rows], pad_id),
         lengths=torch.tensor([len(row.text.tokens) for row in rows]),

@@ -1,92 +1,28 @@
-"""From the plan's numbers to batches: text of a window first, images lazily and a bounded number of units ahead."""
+"""From the plan's numbers to batches: text of a window first, images lazily and a bounded number ahead."""
 
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from dsvlm.data.collate import Batch, Row, collate
-from dsvlm.data.encode import Encoded, encode_record, masked_sample
-from dsvlm.data.reader import BadSample, ShardReader
-from dsvlm.data.sample import Sample
+from dsvlm.data.drafts import Draft, Images, LoadedWindow, Share
+from dsvlm.data.encode import masked_sample
+from dsvlm.data.jobs import Inline, Job
+from dsvlm.data.reading import LoaderConfig, Reading, Source, Text
 from dsvlm.data.tokenizer import TextCodec
-from dsvlm.data.transforms import decode_image
+from dsvlm.data.workers import Workers
 
-UNITS_AHEAD = 2  # whose images are decoded while an earlier unit trains
-
-
-@dataclass(frozen=True)
-class Source:
-    """One task as the loader sees it.
-
-    sample: record -> Sample, the task type's template; head: index in the bank, -1 = the vocabulary; images: whether
-    its samples have images (a text-only task's have none); classes: of the head.
-    """
-
-    name: str
-    reader: ShardReader
-    sample: Callable[[dict], Sample]
-    head: int = -1
-    images: bool = True
-    classes: int = 0
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    seed: int
-    rank: int
-    world_size: int
-    micro_batch: int
-    image_size: int
-    max_length: int
-    encoder_decoder: bool
-    workers: int = 0
-    cache_mb: int = 0
-
-
-@dataclass
-class Draft:
-    """One sample of a window with its text read; `reason` is set when it must not teach."""
-
-    task: int
-    epoch: int
-    sample: int
-    ordinal: int
-    crc: int
-    text: Encoded
-    reason: str | None = None
-
-
-@dataclass
-class LoadedWindow:
-    """This rank's share of a window: its units in order of micro-steps, text read, images not yet.
-
-    units: one list of drafts per micro-step, empty = filler.
-    counts: [tasks] int64, targets of each task in this rank's units; known before the first backward.
-    shapes: (packed row of each draft or None, least width of a row) of every unit; units without one: (None, 0).
-    """
-
-    step: int
-    units: list[list[Draft]]
-    counts: np.ndarray
-    shapes: list[tuple[np.ndarray | None, int]] = field(default_factory=list)
-
-    def shape(self, unit: int) -> tuple[np.ndarray | None, int]:
-        return self.shapes[unit] if self.shapes else (None, 0)
-
-    @property
-    def drafts(self) -> list[Draft]:
-        return [draft for unit in self.units for draft in unit]
+__all__ = ["Draft", "LoadedWindow", "Loader", "LoaderConfig", "Source"]
+WINDOWS_AHEAD = 2  # whose texts are read while an earlier one trains
+FETCHES, TEXTS, IMAGES = 4096, 32, 8  # items of a job, at most
 
 
 class Loader:
     """Reads the samples of one rank.
 
-    plan: `window(step)` and `locate(task, ordinals)`; deal: `deal(window) -> rounds` with `unit(rank)`.
+    plan: `window(step)` and `locate_all(tasks, ordinals)`; deal: `deal(window) -> rounds` with `unit(rank)`.
     sources: tasks in the plan's order.
     """
 
@@ -94,99 +30,41 @@ class Loader:
         self.plan, self.deal, self.sources, self.codec, self.config = plan, deal, sources, codec, config
         self.masked = masked_sample(codec, config.encoder_decoder)
         self.cache = Cache(config.cache_mb * 2**20)
-        self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
-        self.next: tuple[int, Future] | None = None
+        reading = Reading(sources, codec.encoder(), config)
+        self.pool = Workers(reading, config.workers, config.worker_timeout) if config.workers else Inline(reading)
+        self.ahead: deque[Share] = deque()  # of steps that follow each other
+        self.step = 0
 
     def window(self, step: int) -> LoadedWindow:
-        """Text of this rank's share of a window; starts reading the next one when there are workers."""
-        if self.next is not None and self.next[0] == step:
-            window = self.next[1].result()
-        else:
-            window = self.read(step)
-        self.next = (step + 1, self.pool.submit(self.read, step + 1)) if self.pool else None
+        """Text of this rank's share of a window; with workers, what comes next is asked for too.
+
+        Raises ValueError or OSError when its shards cannot be read.
+        """
+        if not self.ahead or self.ahead[0].step != step:
+            self.forget()
+            self.ahead.append(self.begin(step))
+        self.step = step
+        window = self.finish(self.ahead.popleft())
+        while self.pool.ahead and len(self.ahead) < WINDOWS_AHEAD:
+            self.ahead.append(self.begin(step + 1 + len(self.ahead)))
+        self.look_ahead(window)
         return window
-
-    def forget(self) -> None:
-        """Drops what was read ahead: the plan has changed."""
-        self.next = None
-
-    def read(self, step: int) -> LoadedWindow:
-        window = self.plan.window(step)
-        units, shapes, counts = [], [], np.zeros(len(self.sources), np.int64)
-        for round_ in self.deal(window):
-            places, rows, width = round_.unit(self.config.rank)
-            units.append(self.drafts(*window.take(places)))
-            shapes.append((rows, width))
-            for draft in units[-1]:
-                counts[draft.task] += draft.text.count
-        return LoadedWindow(step, units, counts, shapes)
-
-    def drafts(self, tasks: np.ndarray, ordinals: np.ndarray) -> list[Draft]:
-        found = np.zeros((2, len(tasks)), np.int64)  # epoch, sample
-        for task in np.unique(tasks):
-            here = tasks == task
-            found[:, here] = self.plan.locate(int(task), ordinals[here])
-        columns = (tasks.tolist(), found[0].tolist(), found[1].tolist(), ordinals.tolist())
-        return [self.draft(*numbers) for numbers in zip(*columns, strict=True)]
-
-    def draft(self, task: int, epoch: int, sample: int, ordinal: int) -> Draft:
-        source, reason = self.sources[task], None
-        try:
-            text = self.cache.get(("text", task, sample), lambda: self.encode(source, sample))
-        except BadSample as error:
-            text, reason = self.masked, error.reason
-        return Draft(task, epoch, sample, ordinal, source.reader.crc(sample), text, reason)
-
-    def encode(self, source: Source, sample: int) -> tuple[Encoded, int]:
-        text = encode_record(
-            source.reader.record(sample), source.sample, self.codec, self.config.max_length,
-            encoder_decoder=self.config.encoder_decoder, images=source.images, classes=source.classes,
-        )  # fmt: skip
-        return text, 64 + 16 * len(text.tokens)
 
     def batches(self, window: LoadedWindow, weights: Sequence[float]) -> Iterator[Batch]:
         """One batch per micro-step; images that fail to decode become masked rows, with the reason in their draft.
 
         weights: of each target, per task.
         """
-        if self.pool is None:
-            for index, unit in enumerate(window.units):
-                yield self.batch(unit, [self.image(draft) for draft in unit], weights, *window.shape(index))
-            return
-        ahead: list[list[Future]] = []
         for index, unit in enumerate(window.units):
-            while len(ahead) <= index + UNITS_AHEAD and len(ahead) < len(window.units):
-                ahead.append([self.pool.submit(self.image, draft) for draft in window.units[len(ahead)]])
-            yield self.batch(unit, [future.result() for future in ahead[index]], weights, *window.shape(index))
-            ahead[index] = []
+            self.look_ahead(window)
+            window.asked += [None] * (index + 1 - len(window.asked))
+            images = window.asked[index] or self.ask_images(unit, window.step)
+            window.asked[index] = None
+            yield self.batch(unit, images, weights, *window.shape(index))
 
-    def batch(self, unit: list[Draft], images: list, weights: Sequence[float], packed=None, width: int = 0) -> Batch:
-        rows = [
-            Row(draft.text, image, 0.0 if draft.reason else float(weights[draft.task]), self.key(draft), draft.task,
-                self.sources[draft.task].head)
-            for draft, image in zip(unit, images, strict=True)
-        ]  # fmt: skip
-        if not rows:
-            rows, packed, width = [Row(self.masked, None, 0.0, 0, 0)], None, 0
-        sizes = {"image_size": self.config.image_size, "pad_id": self.codec.pad_id}
-        return collate(rows, **sizes, width=width, packed=packed)
-
-    def image(self, draft: Draft) -> np.ndarray | None:
-        """Pixels of a draft, uint8 [3, P, P]; black, with the reason in the draft, when they cannot be had."""
-        reader, size = self.sources[draft.task].reader, self.config.image_size
-        if not draft.text.images:
-            return None
-        try:
-            return self.cache.get(("image", draft.task, draft.sample), lambda: decoded(reader, draft.sample, size))
-        except (BadSample, OSError, ValueError) as error:
-            # Nothing but a masked row will do here: the other ranks are in the middle of the window.
-            draft.reason = draft.reason or (error.reason if isinstance(error, BadSample) else str(error))
-            return np.zeros((3, size, size), np.uint8)
-
-    def key(self, draft: Draft) -> int:
-        """What the sample's dropout is keyed by: seed, task and place in the task's stream; never rank or unit."""
-        text = f"{self.config.seed}/{self.sources[draft.task].name}/{draft.ordinal}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    def forget(self) -> None:
+        """Drops what was read ahead: the plan has changed, or another step is wanted."""
+        self.ahead.clear()
 
     def journal(self, window: LoadedWindow) -> list[dict]:
         """The masked samples of a window, as journal entries."""
@@ -201,38 +79,150 @@ class Loader:
             if draft.reason
         ]
 
+    def take_events(self) -> list[dict]:
+        """What befell the workers since the last call, as journal entries."""
+        return [{"step": self.step, **event} for event in self.pool.take_events()]
+
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        self.pool.close()
+
+    # -- a window, from numbers to texts --
+
+    def begin(self, step: int) -> Share:
+        """Looks up what a window holds, and has its shards told."""
+        window = self.plan.window(step)
+        units = [round_.unit(self.config.rank) for round_ in self.deal(window)]
+        tasks, ordinals = window.take(np.concatenate([unit.places for unit in units]))
+        epochs, samples = self.plan.locate_all(tasks, ordinals)
+        numbers = list(zip(tasks.tolist(), epochs.tolist(), samples.tolist(), ordinals.tolist(), strict=True))
+        share = Share(step, [len(u.places) for u in units], [(u.rows, u.width) for u in units], numbers)
+        for task in np.unique(tasks).tolist():
+            items = [(task, sample) for sample in samples[tasks == task].tolist()]
+            share.fetches += self.submit("fetch", items, FETCHES, step)
+        return share
+
+    def submit(self, kind: str, items: list[tuple[int, int]], size: int, step: int) -> list[Job]:
+        jobs = [Job(kind, items[first : first + size], step) for first in range(0, len(items), size)]
+        for job in jobs:
+            self.pool.submit(job)
+        return jobs
+
+    def ask_texts(self, share: Share) -> None:
+        wanted = dict.fromkeys((task, sample) for task, _, sample, _ in share.numbers)
+        wanted = [pair for pair in wanted if ("text", *pair) not in self.cache.items]
+        share.texts = self.submit("text", wanted, TEXTS, share.step)
+
+    def finish(self, share: Share) -> LoadedWindow:
+        """The window with all its texts; waits for them."""
+        if share.loaded is not None:
+            return share.loaded
+        for job in share.fetches:
+            self.pool.wait(job)
+        if share.texts is None:
+            self.ask_texts(share)
+        found: dict[tuple[int, int], Text] = {}
+        for job in share.texts:
+            found |= zip(job.items, self.pool.wait(job), strict=True)
+        for pair, text in found.items():
+            self.cache.put(("text", *pair), text, 64 + 16 * len(text.row.tokens if text.row else ()))
+        drafts, counts = [], np.zeros(len(self.sources), np.int64)
+        for task, epoch, sample, ordinal in share.numbers:
+            text = found.get((task, sample)) or self.cache.items["text", task, sample]
+            drafts.append(Draft(task, epoch, sample, ordinal, text.crc, text.row or self.masked, text.reason))
+            counts[task] += drafts[-1].text.count
+        rest = iter(drafts)
+        units = [[next(rest) for _ in range(size)] for size in share.sizes]
+        share.loaded = LoadedWindow(share.step, units, counts, share.shapes)
+        return share.loaded
+
+    # -- images --
+
+    def look_ahead(self, window: LoadedWindow) -> None:
+        """Takes what the workers have done and asks for what comes next, a window's texts before any of its images."""
+        if not self.pool.ahead:
+            return
+        self.pool.poll()
+        windows = [window]
+        for share in self.ahead:
+            if share.texts is None and answered(share.fetches):
+                self.ask_texts(share)
+            if share.texts is None or not answered(share.texts):
+                break
+            windows.append(self.finish(share))
+        room = self.pool.ahead - sum(len(a.drafts) for w in windows for a in w.asked if a is not None)
+        for other in windows:
+            while room > 0 and len(other.asked) < len(other.units):
+                other.asked.append(self.ask_images(other.units[len(other.asked)], other.step))
+                room -= len(other.asked[-1].drafts)
+
+    def ask_images(self, unit: list[Draft], step: int) -> Images:
+        drafts = [draft for draft in unit if draft.text.images]
+        if not drafts:
+            return Images(drafts)
+        size = self.config.image_size
+        start, memory = self.pool.take(len(drafts) * 3 * size * size)
+        images = Images(drafts, memory.reshape(len(drafts), 3, size, size))
+        missing = []
+        for place, draft in enumerate(drafts):
+            known = self.cache.items.get(("image", draft.task, draft.sample))
+            if known is None:
+                missing.append(place)
+            else:
+                images.pixels[place] = known
+        piece = min(IMAGES, -(-len(missing) // max(1, self.config.workers)))
+        for first in range(0, len(missing), max(1, piece)):
+            places = missing[first : first + piece]
+            job = Job("image", [(drafts[place].task, drafts[place].sample) for place in places], step)
+            job.pixels = [images.pixels[place] for place in places]
+            job.starts = [start + place * 3 * size * size for place in places]
+            self.pool.submit(job)
+            images.jobs.append((job, places))
+        return images
+
+    def batch(self, unit: list[Draft], images: Images, weights, packed=None, width: int = 0) -> Batch:
+        for job, places in images.jobs:
+            for place, reason in zip(places, self.pool.wait(job), strict=True):
+                draft = images.drafts[place]
+                draft.reason = draft.reason or reason
+                if reason is None and self.cache.room(images.pixels[place].nbytes):
+                    pixels = images.pixels[place].copy()
+                    self.cache.put(("image", draft.task, draft.sample), pixels, pixels.nbytes)
+        rest = iter(images.pixels if images.drafts else ())
+        rows = [
+            Row(draft.text, next(rest) if draft.text.images else None, 0.0 if draft.reason else weights[draft.task],
+                self.key(draft), draft.task, self.sources[draft.task].head)
+            for draft in unit
+        ]  # fmt: skip
+        if not rows:
+            rows, packed, width = [Row(self.masked, None, 0.0, 0, 0)], None, 0
+        sizes = {"image_size": self.config.image_size, "pad_id": self.codec.pad_id}
+        return collate(rows, **sizes, width=width, packed=packed, pixels=images.pixels)
+
+    def key(self, draft: Draft) -> int:
+        """What the sample's dropout is keyed by: seed, task and place in the task's stream; never rank or unit."""
+        text = f"{self.config.seed}/{self.sources[draft.task].name}/{draft.ordinal}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def decoded(reader: ShardReader, sample: int, size: int) -> tuple[np.ndarray, int]:
-    data = reader.image(sample)
-    if data is None:
-        raise BadSample("it has no image")
-    pixels = decode_image(data, size)
-    return pixels, pixels.nbytes
+def answered(jobs: list[Job]) -> bool:
+    """Whether all jobs went well; those that failed say so when they are waited for."""
+    return all(isinstance(job.answer, list) for job in jobs)
 
 
 class Cache:
-    """Least recently used values up to a number of bytes; safe between threads."""
+    """Values up to a number of bytes, none of which is ever dropped.
+
+    An epoch repeats nothing: of a data set that does not fit, the first part found each time is more than the latest.
+    """
 
     def __init__(self, limit: int):
         self.limit, self.used = limit, 0
-        self.items: OrderedDict = OrderedDict()
-        self.lock = threading.Lock()
+        self.items: dict = {}
 
-    def get(self, key, make):
-        """The value of a key; `make() -> (value, bytes)` when it is not here. An exception of `make` is not kept."""
-        with self.lock:
-            if key in self.items:
-                self.items.move_to_end(key)
-                return self.items[key][0]
-        value, size = make()
-        with self.lock:
-            if key not in self.items and size <= self.limit:
-                self.items[key] = (value, size)
-                self.used += size
-            while self.used > self.limit:
-                self.used -= self.items.popitem(last=False)[1][1]
-        return value
+    def room(self, size: int) -> bool:
+        return self.used + size <= self.limit
+
+    def put(self, key, value, size: int) -> None:
+        if self.room(size) and key not in self.items:
+            self.items[key] = value
+            self.used += size

@@ -16,6 +16,7 @@ from dsvlm.data.manifest import Manifest, check_files, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Text
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer, train_tokenizer
+from dsvlm.data.transforms import resolve_decoder
 from dsvlm.schedule import shares
 from dsvlm.schedule.controller import CONTROLLERS, Controller
 from dsvlm.schedule.digest import identity_bytes
@@ -168,8 +169,13 @@ def make_sources(planned: Planned) -> list[Source]:
     return sources
 
 
-def make_loader(planned: Planned, codec: TextCodec, image_size: int, rank: int, world_size: int) -> Loader:
-    """The loader of one rank; checks first that every shard is there in its full size."""
+def make_loader(
+    planned: Planned, codec: TextCodec, image_size: int, rank: int, world_size: int, decoder: str = ""
+) -> Loader:
+    """The loader of one rank; checks first that every shard is there in its full size.
+
+    decoder: the one that the run has recorded; default: what the recipe's stands for here.
+    """
     recipe = planned.recipe
     for name, manifest in planned.manifests.items():
         try:
@@ -180,6 +186,8 @@ def make_loader(planned: Planned, codec: TextCodec, image_size: int, rank: int, 
         seed=recipe.seed, rank=rank, world_size=world_size, micro_batch=recipe.train.micro_batch,
         image_size=image_size, max_length=recipe.text.max_length,
         encoder_decoder=recipe.model.decoder.kind == "t5", workers=recipe.data.workers, cache_mb=recipe.data.cache_mb,
+        worker_timeout=recipe.data.worker_timeout, decoder=decoder or resolve_decoder(recipe.data.decoder),
+        dct_scaling=recipe.data.dct_scaling,
     )  # fmt: skip
     return Loader(planned.plan, make_deal(planned, codec, world_size), make_sources(planned), codec, config)
 

@@ -1,0 +1,235 @@
+"""Worker processes that read for one rank. They hold no state, so any of them can be ended and started again.
+
+Each is a fresh interpreter (never a fork: the ranks have threads) without torch. All take their jobs from one queue of
+the kernel, which hands over whole messages, so none is bound to a slow one and none can hold a lock when it dies. Each
+answers on a socket of its own, writes pixels into shared blocks, and says in a shared word which sample it is at.
+"""
+
+import faulthandler
+import os
+import pickle
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from dsvlm.data.blocks import Blocks, BlockView
+from dsvlm.data.jobs import Job, carry_out
+from dsvlm.data.reading import Reading
+
+STARTING, IDLE = -1, 0  # words of a worker; others are the number of a job and the place of an item in it
+PLACES = 2**16  # of a job, at most
+PATIENCE = 300  # seconds that workers may take to start: many nodes may be reading the same Python files
+RESTARTS = 3  # without an answer in between, after which the run cannot go on
+DEATHS = 2  # of workers at the same sample, after which it is masked
+LENGTH = struct.Struct("<Q")  # before every answer
+AHEAD = 64  # images per worker asked for before they are needed
+
+
+class Workers:
+    """`count` processes that carry out jobs in the order they were submitted.
+
+    timeout: seconds in which something must happen while an answer is waited for.
+    """
+
+    def __init__(self, reading: Reading, count: int, timeout: float):
+        assert count > 0
+        self.reading, self.count, self.timeout, self.ahead = reading, count, timeout, AHEAD * count
+        self.blocks = Blocks()
+        self.take = self.blocks.take
+        self.words = self.blocks.words[:count]
+        self.spec = os.memfd_create("dsvlm-reading")
+        with open(self.spec, "wb", closefd=False) as file:
+            pickle.dump(reading, file)
+        self.jobs: dict[int, Job] = {}  # those without an answer
+        self.unsent: deque[int] = deque()
+        self.number = 0
+        self.restarts = 0
+        self.deaths: Counter = Counter()  # by kind of job, task and sample
+        self.events: list[dict] = []
+        self.start()
+
+    def submit(self, job: Job) -> None:
+        """Puts a job behind the others."""
+        assert len(job.items) < PLACES
+        self.number += 1
+        self.jobs[self.number] = job
+        self.unsent.append(self.number)
+        self.send()
+
+    def wait(self, job: Job) -> list:
+        """The answer to a job that was submitted; workers that died or hang are started again meanwhile.
+
+        Raises ValueError when that does not help.
+        """
+        seen, since = None, time.monotonic()
+        while job.answer is None:
+            self.poll(min(1.0, self.timeout / 4))
+            sight = (len(self.jobs), self.words.tobytes())
+            if sight != seen:
+                seen, since = sight, time.monotonic()
+            starting = bool((self.words == STARTING).any())
+            if time.monotonic() - since > (max(PATIENCE, self.timeout) if starting else self.timeout):
+                self.replace_hung()
+        return job.result()
+
+    def poll(self, seconds: float = 0) -> None:
+        """Takes the answers that are there, or the first within `seconds`."""
+        dead = self.receive(seconds)
+        if dead is not None:
+            self.replace_dead(dead)
+
+    def take_events(self) -> list[dict]:
+        """What befell the workers since the last call, as journal entries without a step."""
+        events, self.events = self.events, []
+        return events
+
+    def close(self) -> None:
+        """Ends the workers: they have nothing to save."""
+        self.stop()
+        self.blocks.close()
+        if self.spec >= 0:
+            os.close(self.spec)
+            self.spec = -1
+
+    # -- one generation of workers --
+
+    def start(self) -> None:
+        self.words[:] = STARTING
+        self.selector = selectors.DefaultSelector()
+        self.queue, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.queue.setblocking(False)
+        self.processes = [self.spawn(index, theirs) for index in range(self.count)]
+        theirs.close()
+        self.unsent = deque(self.jobs)
+        self.send()
+
+    def spawn(self, index: int, queue: socket.socket) -> subprocess.Popen:
+        mine, theirs = socket.socketpair()
+        files = (queue.fileno(), theirs.fileno(), self.blocks.file, self.spec)
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from dsvlm.data.workers import serve; serve()", str(index), *map(str, files)],
+            pass_fds=files, stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        theirs.close()
+        mine.setblocking(False)
+        self.selector.register(mine, selectors.EVENT_READ, (index, bytearray()))
+        return process
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()  # also one that is stopped
+        for process in self.processes:
+            process.wait()
+        self.processes = []
+        for key in list(self.selector.get_map().values()):
+            key.fileobj.close()
+        self.selector.close()
+        self.queue.close()
+
+    def receive(self, seconds: float) -> int | None:
+        """Takes answers, waiting for the first at most `seconds`; the index of a worker that has died, or None."""
+        self.send()
+        for key, _ in self.selector.select(seconds):
+            index, partial = key.data
+            try:
+                data = key.fileobj.recv(2**20)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                return index
+            partial += data
+            while len(partial) >= LENGTH.size and len(partial) >= (end := LENGTH.size + LENGTH.unpack_from(partial)[0]):
+                self.deliver(*pickle.loads(memoryview(partial)[LENGTH.size : end]))
+                del partial[:end]
+        self.send()
+        return None
+
+    def deliver(self, number: int, answer: list | Exception) -> None:
+        self.jobs.pop(number).answer = answer
+        self.restarts = 0
+
+    def send(self) -> None:
+        while self.unsent:
+            number = self.unsent[0]
+            job = self.jobs[number]
+            try:
+                self.queue.send(pickle.dumps((number, job.kind, job.items, job.step, job.starts, job.skip)))
+            except OSError:  # full, so they have enough to do; or nobody is left, which `receive` will see
+                return
+            self.unsent.popleft()
+
+    def replace_dead(self, index: int) -> None:
+        code = self.processes[index].wait()
+        how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+        self.restart(f"a worker process ended ({how})", [index])
+
+    def replace_hung(self) -> None:
+        cause = f"no worker did anything for {self.timeout:g} seconds (data.worker_timeout)"
+        self.restart(cause, range(self.count))
+
+    def restart(self, cause: str, suspects: Sequence[int]) -> None:
+        """Ends all workers and starts others, which go on with the jobs that have no answer."""
+        words = [int(self.words[index]) for index in suspects if self.words[index] > IDLE]
+        found = [self.blame(*divmod(word, PLACES), cause) for word in words]
+        where = "; ".join(["it was at " + sample for sample in found if sample]) or "it was at no sample"
+        self.stop()
+        self.restarts += 1
+        if self.restarts > RESTARTS:
+            raise ValueError(
+                f"data.workers: {cause}, for the {self.restarts}th time without an answer in between; {where}. "
+                "Its own message, if any, stands above; data.workers: 0 reads in the training's own process instead"
+            )
+        self.events.append({"event": "workers restarted", "reason": f"{cause}; {where}"})
+        self.start()
+
+    def blame(self, number: int, place: int, cause: str) -> str | None:
+        """Notes at which sample a worker ended; one that does it again is not touched any more. Returns its name."""
+        if number not in self.jobs:
+            return None  # its answer was on the way
+        job = self.jobs[number]
+        task, sample = job.items[place]
+        self.deaths[job.kind, task, sample] += 1
+        if self.deaths[job.kind, task, sample] >= DEATHS:
+            job.skip[place] = f"reading it ends workers: {cause}"
+        return self.reading.where(task, sample)
+
+
+def serve() -> None:
+    """A worker: jobs from the queue until it closes. Arguments: index, queue, answers, blocks, spec (descriptors)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # launchers send them to every process; the training decides when to stop
+    faulthandler.enable()
+    index, queue, answers, blocks, spec = map(int, sys.argv[1:])
+    queue, answers, view = socket.socket(fileno=queue), socket.socket(fileno=answers), BlockView(blocks)
+    with open(f"/proc/self/fd/{spec}", "rb") as file:
+        reading: Reading = pickle.load(file)
+    size = reading.config.image_size
+    view.words[index] = IDLE
+    try:
+        while message := queue.recv(2**20):
+            number, kind, items, step, starts, skip = pickle.loads(message)
+            pixels = [view.show(start, 3 * size * size).reshape(3, size, size) for start in starts]
+
+            def begin(place: int, first: int = number * PLACES) -> None:
+                view.words[index] = first + place
+
+            try:
+                answer = carry_out(Job(kind, items, step, pixels, skip=skip), reading, begin)
+            except (ValueError, OSError) as error:
+                answer = error if type(error) in (ValueError, OSError) else ValueError(str(error))
+            except Exception:
+                answer = RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
+            data = pickle.dumps((number, answer), pickle.HIGHEST_PROTOCOL)
+            answers.sendall(LENGTH.pack(len(data)) + data)
+            view.words[index] = IDLE
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the training has ended
