@@ -24,7 +24,7 @@ from dsvlm.data.transforms import decode_image
 from dsvlm.eval.generate import Room, answers, encode_question, head_answers
 from dsvlm.eval.load import latest_checkpoint, load_run
 from dsvlm.tasks import TaskType
-from dsvlm.train.build import head_indexes, task_manifest, task_types
+from dsvlm.train.build import head_indexes, make_reader, task_manifest, task_types
 from dsvlm.train.checkpoint import read_state, write_file
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def validation_reader(recipe: Recipe, name: str) -> ShardReader:
         check_files(manifest)
     except ValueError as error:
         raise ValueError(f"task {name}: {error}") from None
-    return ShardReader(manifest)
+    return make_reader(recipe, manifest)
 
 
 def read_samples(reader: ShardReader, kind: TaskType, count: int, codec: TextCodec, model: GitVlm) -> list[Shown]:
@@ -138,7 +138,7 @@ def chance(recipe: Recipe, name: str, kind: TaskType, records: Sequence[dict]) -
     """What the best guess without looking scores; None where the task type knows no such guess."""
     if type(kind).chance is TaskType.chance:
         return None
-    reader = ShardReader(task_manifest(recipe, name, recipe.tasks[name].shards))
+    reader = make_reader(recipe, task_manifest(recipe, name, recipe.tasks[name].shards))
     train = []
     for number in range(min(CHANCE_RECORDS, len(reader))):
         try:

@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 from dsvlm.config import Recipe, TaskConfig, nearest
 from dsvlm.config_schedule import DRAWN, parse_points
-from dsvlm.data.index import is_image
+from dsvlm.data.index import has_images
 from dsvlm.data.loader import Loader, LoaderConfig, Source
-from dsvlm.data.manifest import Manifest, check_files, load_manifest
+from dsvlm.data.manifest import Manifest, check_files, join, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Text
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer, train_tokenizer
@@ -103,9 +102,9 @@ def task_manifest(recipe: Recipe, name: str, shards: str) -> Manifest:
     Raises ValueError naming the task, the directory and what to change.
     """
     task: TaskConfig = recipe.tasks[name]
-    directory = Path(recipe.data.root) / shards
+    directory = join(recipe.data.root, shards)
     try:
-        manifest = load_manifest(directory)
+        manifest = load_manifest(directory, recipe.data.remote_cache)
     except ValueError as error:
         raise ValueError(f"task {name}: {error}") from None
     if manifest.type != task.type:
@@ -149,7 +148,7 @@ def make_tokenizer(planned: Planned) -> TextCodec:
 def shard_texts(planned: Planned) -> Iterator[str]:
     """Every text a model will read or write, from the first samples of each task, in order."""
     for name, kind in task_types(planned.recipe).items():
-        reader = ShardReader(planned.manifests[name])
+        reader = make_reader(planned.recipe, planned.manifests[name])
         for sample in itertools.islice(range(len(reader)), TOKENIZER_TEXTS):
             try:
                 segments = kind.sample(reader.record(sample)).segments
@@ -158,14 +157,18 @@ def shard_texts(planned: Planned) -> Iterator[str]:
             yield from (segment.text for segment in segments if isinstance(segment, Text) and segment.text.strip())
 
 
+def make_reader(recipe: Recipe, manifest: Manifest) -> ShardReader:
+    return ShardReader(manifest, recipe.data.remote_cache, recipe.data.remote_cache_mb)
+
+
 def make_sources(planned: Planned) -> list[Source]:
     heads = head_indexes(planned.recipe)
     sources = []
     for (name, kind), head in zip(task_types(planned.recipe).items(), heads, strict=True):
         manifest = planned.manifests[name]
-        images = any(map(is_image, manifest.members))
         classes = planned.recipe.tasks[name].classes
-        sources.append(Source(name, ShardReader(manifest), kind.sample, head, images, classes))
+        reader = make_reader(planned.recipe, manifest)
+        sources.append(Source(name, reader, kind.sample, head, has_images(manifest), classes))
     return sources
 
 
@@ -179,7 +182,7 @@ def make_loader(
     recipe = planned.recipe
     for name, manifest in planned.manifests.items():
         try:
-            check_files(manifest)
+            check_files(manifest, remote=rank == 0)
         except ValueError as error:
             raise ValueError(f"task {name}: {error}") from None
     config = LoaderConfig(
