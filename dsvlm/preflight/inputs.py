@@ -1,13 +1,12 @@
 """What a look at a recipe's samples needs before there is a run: its vocabulary and the size of its images."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsvlm.config import Recipe
 from dsvlm.data.lengths import Lengths
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.train.build import Planned, make_tokenizer
-from dsvlm.train.lengths import find_lengths
+from dsvlm.train.lengths import find_lengths, image_tokens, vision_settings
 from dsvlm.train.rundir import check_same_run
 
 
@@ -21,16 +20,7 @@ class ImageShape:
 
 def image_shape(recipe: Recipe) -> ImageShape:
     """What the vision tower makes of an image, from its settings alone."""
-    from transformers import CLIPVisionConfig
-
-    vision = recipe.model.vision
-    if vision.pretrained is None:
-        settings = CLIPVisionConfig(**vision.config)
-    elif Path(vision.pretrained).is_dir():
-        settings = CLIPVisionConfig.from_pretrained(vision.pretrained)
-    else:
-        raise ValueError(f"model.vision.pretrained: {vision.pretrained!r} is not a directory; download it first")
-    return ImageShape(settings.image_size, (settings.image_size // settings.patch_size) ** 2 + 1)
+    return ImageShape(vision_settings(recipe).image_size, image_tokens(recipe))
 
 
 def open_codec(planned: Planned, directory: str | None = None) -> tuple[TextCodec, str]:

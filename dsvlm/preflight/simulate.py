@@ -78,8 +78,8 @@ def simulate(planned: Planned, cluster: Cluster, store: Store, steps: range, pro
     codec, lengths = known_lengths(planned)
     if planned.recipe.train.micro_tokens and codec is None:
         raise ValueError(
-            "train.micro_tokens: windows are cut by the lengths of samples, which need a vocabulary, and text.tokenizer "
-            "is to be trained by the run: start it once, or set train.micro_tokens=0 here"
+            "train.micro_tokens: windows are cut by lengths, which belong to a vocabulary, and the run has not trained "
+            "its own yet: make both with dsvlm data lengths, or set train.micro_tokens=0 here"
         )
     waste: list[dict] = []
     deal = make_deal(planned, codec, cluster.world_size)

@@ -19,15 +19,20 @@ EDGE_MULTIPLE = 8  # positions: what matrix units of GPUs are fed with
 EDGE_CANDIDATES = 1024  # more than these, and edges are multiples of 16, 24 and so on
 
 
-def image_tokens(recipe: Recipe) -> int:
-    """Positions that an image takes in a row, from the recipe or from its checkpoint's configuration."""
+def vision_settings(recipe: Recipe):
+    """The vision tower's CLIPVisionConfig, from the recipe or from its checkpoint."""
     from transformers import CLIPVisionConfig
 
     vision = recipe.model.vision
     if vision.pretrained and not Path(vision.pretrained).is_dir():
         raise ValueError(f"model.vision.pretrained: {vision.pretrained!r} is not a directory; download it first")
     read = CLIPVisionConfig.from_pretrained
-    settings = read(vision.pretrained) if vision.pretrained else CLIPVisionConfig(**vision.config)
+    return read(vision.pretrained) if vision.pretrained else CLIPVisionConfig(**vision.config)
+
+
+def image_tokens(recipe: Recipe) -> int:
+    """Positions that an image takes in a row."""
+    settings = vision_settings(recipe)
     return (settings.image_size // settings.patch_size) ** 2 + 1
 
 
