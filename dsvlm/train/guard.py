@@ -4,7 +4,6 @@ ZeRO-3 ranks that disagree hang; here they say first who disagrees about what, a
 """
 
 import hashlib
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +11,38 @@ import torch
 import torch.distributed as dist
 
 import dsvlm
-from dsvlm.schedule.digest import compare
+from dsvlm.schedule.agreement import difference, merge, summarise
+from dsvlm.train.nodes import Nodes, find_nodes
 
 PATIENCE = 1800  # seconds: what starts and checkpoints may take on the slowest rank
 
 
 class Guard:
-    """The ranks' own channel: gloo groups over all of them.
+    """The ranks' own channel, in two levels: within each node, then among their leaders.
 
     timeout: seconds to wait for the slowest rank at a window; for starts and checkpoints it is PATIENCE.
+    host: whose ranks are a node; default is this machine's name.
     """
 
-    def __init__(self, timeout: int):
+    def __init__(self, timeout: int, host: str = ""):
         self.timeout = timeout
-        self.quick = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout, PATIENCE)))
+        nodes = find_nodes(host)
+        self.quick = Nodes(nodes, timeout)
+        self.patient = Nodes(nodes, max(timeout, PATIENCE))
 
     def same(self, record: dict) -> None:
         """Raises ValueError on every rank, naming field, ranks and values, unless all ranks hold the same record."""
-        difference = compare(self.gather(record))
-        if difference:
-            raise ValueError(f"the ranks do not hold the same run: {difference}")
+        mark = mark_of(record)
+        extremes = torch.tensor([mark, -mark])
+        self.collective(self.patient.all_reduce, extremes, dist.ReduceOp.MAX)
+        if extremes[0] != -extremes[1]:
+            self.raise_difference(record)
+
+    def raise_difference(self, record: dict) -> None:
+        summary = self.collective(self.patient.merge, summarise(dist.get_rank(), record), merge)
+        message = difference(summary, dist.get_world_size())
+        assert message is not None, "ranks differ in a record that compares equal"
+        raise ValueError(f"the ranks do not hold the same run: {message}")
 
     def together(self, function, *arguments):
         """Calls a function on every rank; when it fails on some, all ranks raise the same ValueError, naming them."""
@@ -45,12 +55,13 @@ class Guard:
         return result
 
     def raise_any(self, error: str | None) -> None:
-        """Raises ValueError on all ranks when any of them brings an error."""
-        errors = self.gather(error)
-        ranks = [rank for rank, text in enumerate(errors) if text is not None]
-        if ranks:
-            where = "" if len(ranks) == len(errors) else f"rank {ranks[0]}: "
-            raise ValueError(f"{where}{errors[ranks[0]]}")
+        """Raises ValueError on all ranks when any of them brings an error: the lowest such rank's."""
+        failed = torch.tensor([error is not None], dtype=torch.int64)
+        self.collective(self.patient.all_reduce, failed)
+        if failed:
+            rank, text = self.collective(self.patient.merge, (dist.get_rank(), error), first_error)
+            where = "" if failed == dist.get_world_size() else f"rank {rank}: "
+            raise ValueError(f"{where}{text}")
 
     def first(self, function, *arguments):
         """Calls a function on rank 0 alone: its result there, None elsewhere; its ValueError on every rank."""
@@ -63,38 +74,43 @@ class Guard:
         Returns the counts' sum over ranks and whether any rank wants to stop; raises ValueError on all ranks when they
         disagree or one of them cannot go on.
         """
-        mark = int.from_bytes(hashlib.blake2b(repr(sorted(record.items())).encode(), digest_size=7).digest(), "little")
+        mark = mark_of(record)
         extremes = torch.tensor([mark, -mark, int(stop), int(error is not None)])
-        self.collective(dist.all_reduce, extremes, op=dist.ReduceOp.MAX)
+        self.collective(self.quick.all_reduce, extremes, dist.ReduceOp.MAX)
         if extremes[0] != -extremes[1]:
-            self.same(record)
-            raise AssertionError("ranks differ in a record that compares equal")
+            self.raise_difference(record)
         if extremes[3]:
             self.raise_any(error)
-        totals = torch.from_numpy(counts.copy())
-        self.collective(dist.all_reduce, totals)
-        return totals.numpy(), bool(extremes[2])
+        return self.sum(counts), bool(extremes[2])
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum over ranks of int64 (wrapping) or float64 values."""
         total = torch.from_numpy(values.copy())
-        self.collective(dist.all_reduce, total)
+        self.collective(self.quick.all_reduce, total)
         return total.numpy()
 
     def gather(self, value) -> list:
-        """One small Python value of every rank, on every rank."""
-        values: list = [None] * dist.get_world_size()
-        self.collective(dist.all_gather_object, values, value, patient=True)
-        return values
+        """One small Python value of every rank, in rank order, on rank 0; [] elsewhere."""
+        return self.collective(self.patient.gather, value)
 
-    def collective(self, function, *arguments, patient: bool = False, **options) -> None:
+    def collective(self, function, *arguments):
         try:
-            function(*arguments, group=self.patient if patient else self.quick, **options)
+            return function(*arguments)
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {dist.get_rank()}: the other ranks did not answer in time ({self.timeout} s), or one ended; "
                 f"its own message says why. If a rank only reads slowly, raise train.timeout ({error})"
             ) from error
+
+
+def mark_of(record: dict) -> int:
+    """56 bits of a record: all ranks hold the same one if the largest and the smallest mark are equal."""
+    text = repr(sorted(record.items())).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+
+def first_error(errors: list[tuple[int, str | None]]) -> tuple[int, str | None]:
+    return next((item for item in errors if item[1] is not None), errors[0])
 
 
 def code_version() -> str:

@@ -157,9 +157,9 @@ def update(tiny: Tiny, engine, ema, step: int) -> list[float]:
     return total[0].tolist()
 
 
-def disagree(record: dict, other: dict, rank: int) -> str:
-    """The error that every rank gets when one of them holds another record."""
-    guard = Guard(20)
+def disagree(record: dict, other: dict, rank: int, hosts: tuple[str, ...] = ()) -> str:
+    """The error that every rank gets when one of them holds another record; hosts: of the ranks (default: this one)."""
+    guard = Guard(20, host=hosts[dist.get_rank()] if hosts else "")
     try:
         guard.same(other if dist.get_rank() == rank else record)
     except ValueError as error:
@@ -167,12 +167,23 @@ def disagree(record: dict, other: dict, rank: int) -> str:
     return ""
 
 
-def enter_window_error(rank: int) -> str:
+def enter_window_error(rank: int, hosts: tuple[str, ...] = ()) -> str:
     """The error that every rank gets when one of them cannot read its share of a window."""
-    guard = Guard(20)
+    guard = Guard(20, host=hosts[dist.get_rank()] if hosts else "")
     error = "task a: shard-000001.tar is gone" if dist.get_rank() == rank else None
     try:
         guard.enter_window({"step": 3, "plan": "x"}, np.zeros(2, np.int64), False, error)
     except ValueError as caught:
         return str(caught)
     return ""
+
+
+def exchange(hosts: tuple[str, ...]) -> dict:
+    """What the guard's collectives give this rank, with the ranks on the given hosts."""
+    rank = dist.get_rank()
+    guard = Guard(20, host=hosts[rank])
+    counts, stop = guard.enter_window({"step": 3}, np.array([rank + 1, 10]), rank == 1, None)
+    return {
+        "counts": counts.tolist(), "stop": stop, "share": guard.sum(np.array([0.5 * rank])).tolist(),
+        "gathered": guard.gather({"rank": rank}), "first": guard.first(str, "done"),
+    }  # fmt: skip

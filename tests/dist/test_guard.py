@@ -37,6 +37,29 @@ def test_agreement_is_silent(pools, data_root):
     assert pools(2).run("disagree", record=record, other=record, rank=0) == ["", ""]
 
 
-def test_one_rank_cannot_read(pools):
-    messages = pools(2).run("enter_window_error", rank=1)
+LAYOUTS = [("a", "a", "a"), ("a", "a", "b"), ("a", "b", "b"), ("a", "b", "c"), ("a", "b", "a")]
+
+
+@pytest.mark.parametrize("hosts", LAYOUTS[1:])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_two_levels_name_the_rank(pools, hosts, rank):
+    """Through nodes of one and two ranks and their leaders."""
+    record = {"seed": 5, "plan": "x"}
+    messages = pools(3).run("disagree", record=record, other=record | {"seed": 6}, rank=rank, hosts=hosts)
+    assert len(set(messages)) == 1 and f"'seed' is 6 on rank {rank}, but 5 on ranks" in messages[0]
+
+
+@pytest.mark.parametrize("hosts", LAYOUTS)
+def test_two_levels_agree(pools, hosts):
+    assert pools(3).run("disagree", record={"a": 1}, other={"a": 1}, rank=0, hosts=hosts) == ["", "", ""]
+    for rank, answer in enumerate(pools(3).run("exchange", hosts=hosts)):
+        assert answer == {
+            "counts": [6, 30], "stop": True, "share": [1.5], "first": None if rank else "done",
+            "gathered": [] if rank else [{"rank": 0}, {"rank": 1}, {"rank": 2}],
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("hosts", [("a", "a", "a"), ("a", "a", "b")])
+def test_one_rank_cannot_read(pools, hosts):
+    messages = pools(3).run("enter_window_error", rank=1, hosts=hosts)
     assert len(set(messages)) == 1 and "rank 1" in messages[0] and "shard-000001" in messages[0]

@@ -1,4 +1,4 @@
-"""Digest, fingerprint and comparison: equal where runs are equal, different where anything differs."""
+"""Digest and fingerprint: equal where runs are equal, different where anything differs."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dsvlm.schedule import digest as module
-from dsvlm.schedule.digest import combine, compare, digest, fingerprint, identity_bytes
+from dsvlm.schedule.digest import combine, digest, fingerprint, identity_bytes
 from dsvlm.schedule.plan import STRATEGIES, Plan, Schedule, Stream
 from dsvlm.schedule.strategy import deal
 
@@ -177,34 +177,3 @@ def test_fingerprint_golden():
 
 
 FINGERPRINT = 3534124966565773120  # by plain Python integers
-
-
-RECORD = {"version": "0.1.0", "seed": 7, "recipe": "r", "manifests": ["aa", "bb"], "plan": "p", "micro_batch": 8}
-
-
-def test_compare_agrees():
-    assert compare([RECORD] * 4) is None
-    assert compare([dict(RECORD) for _ in range(4)]) is None
-
-
-@pytest.mark.parametrize("field", RECORD)
-@pytest.mark.parametrize("rank", [0, 2, 3])
-def test_compare_names_field_ranks_and_values(field, rank):
-    records = [dict(RECORD) for _ in range(4)]
-    records[rank][field] = "other"
-    message = compare(records)
-    usual = {0: "ranks 1-3", 2: "ranks 0-1, 3", 3: "ranks 0-2"}[rank]
-    assert f"{field!r} is 'other' on rank {rank}, but {RECORD[field]!r} on {usual}" in message
-    assert "different too" not in message
-
-
-def test_compare_reports_the_first_cause_and_missing_fields():
-    other = {**RECORD, "seed": 8, "plan": "q"}
-    message = compare([RECORD, other])
-    assert "'seed' is 8 on rank 1, but 7 on rank 0" in message and "(different too: plan)" in message
-    older = {field: value for field, value in RECORD.items() if field != "micro_batch"}
-    assert "'micro_batch' is '(missing)' on rank 1" in compare([RECORD, older])
-    three = compare([{"seed": seed} for seed in (7, 8, 7, 9, 7)])
-    assert "'seed' is 8 on rank 1, 9 on rank 3, but 7 on ranks 0, 2, 4" in three
-    many = compare([{"seed": 7} if rank % 2 else {"seed": 8} for rank in range(64)])
-    assert len(many) < 300 and "..." in many
