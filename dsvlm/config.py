@@ -34,7 +34,7 @@ class DataConfig:
     workers: int = 0  # processes per rank that read text and decode images ahead
     max_bad_share: float = 0.01  # bad samples among those seen; above it (and above 10 of them) all ranks stop
     cache_mb: int = 256  # texts and images that a process keeps, so that a small data set is read once
-    worker_timeout: int = 120  # seconds without an answer after which a worker is ended and started again
+    worker_timeout: int = 20  # seconds in which nothing is read, after which workers are ended and started again
     decoder: str = "auto"  # auto: simplejpeg when installed | pillow | simplejpeg; the run records which it was
     dct_scaling: bool = False  # JPEGs twice as large as needed, or more, are decoded at a half, quarter or eighth
     remote_cache: str = ""  # directory on the node for parts of remote shards; default: below the temporary directory

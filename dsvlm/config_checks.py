@@ -20,6 +20,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_model(recipe.model)
     check_room(recipe)
     check_numbers(recipe)
+    check_loading(recipe)
     check_padding(recipe)
     if recipe.text.tokenizer == "train" and recipe.model.decoder.pretrained:
         raise ValueError(
@@ -228,3 +229,15 @@ def check_numbers(recipe: Recipe) -> None:
     within("optim.eps", optim.eps, 1e-30, 1.0)
     within("text.bins", recipe.text.bins, 2, 4096)
     within("data.max_bad_share", recipe.data.max_bad_share, 0.0, 1.0)
+
+
+def check_loading(recipe: Recipe) -> None:
+    """How samples are read: the decoder, and that a worker is replaced before the other ranks give up waiting."""
+    data = recipe.data
+    one_of("data.decoder", data.decoder, ("auto", "pillow", "simplejpeg"))
+    at_least("data.worker_timeout", data.worker_timeout, 1)
+    if data.workers and data.worker_timeout >= recipe.train.timeout:
+        raise ValueError(
+            f"data.worker_timeout: {data.worker_timeout} seconds must be less than train.timeout "
+            f"({recipe.train.timeout}): other ranks would give up before a worker that hangs is replaced"
+        )

@@ -81,7 +81,7 @@ class Loader:
 
     def take_events(self) -> list[dict]:
         """What befell the workers since the last call, as journal entries."""
-        return [{"step": self.step, **event} for event in self.pool.take_events()]
+        return [{"step": self.step, "rank": self.config.rank, **event} for event in self.pool.take_events()]
 
     def close(self) -> None:
         self.pool.close()

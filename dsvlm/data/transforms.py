@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
 
@@ -29,6 +30,11 @@ def check_decoder(name: str) -> None:
             f"data.decoder: the images of this run are decoded by {name}, which is not installed here: "
             f"pip install {name}; a run that has not begun can have data.decoder: pillow"
         )
+
+
+def decoder_version(name: str) -> str:
+    """A decoder with its version and that of Pillow, which does the rest: they decide pixels."""
+    return ", ".join(f"{package} {version(package)}" for package in dict.fromkeys((name, "pillow")))
 
 
 def make_decoder(name: str, size: int, dct_scaling: bool = False) -> Callable[[bytes], np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dsvlm.config import Recipe
 from dsvlm.data.loader import Draft, LoadedWindow, Loader
+from dsvlm.data.transforms import decoder_version
 from dsvlm.schedule.digest import combine, digest, fingerprint
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, make_model, manifest_record, plan_run
@@ -20,7 +21,7 @@ from dsvlm.train.lengths import lengths_record, make_run_lengths, open_lengths
 from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
-from dsvlm.train.rundir import lock_run, open_run, prepare_run
+from dsvlm.train.rundir import lock_run, open_run, prepare_run, run_decoder
 from dsvlm.train.window import WindowSums, run_window, target_weights
 
 BAD_BEFORE_STOP = 10  # masked samples that a share above data.max_bad_share must amount to
@@ -79,12 +80,16 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     guard.same(start_record(planned))
     guard.first(prepare_run, planned)
     codec, checkpoint = guard.together(open_run, planned)
-    guard.same({"tokenizer": codec.hash(), "latest checkpoint": str(checkpoint and checkpoint.name)})
+    decoder = guard.together(run_decoder, planned)
+    guard.same({
+        "tokenizer": codec.hash(), "latest checkpoint": str(checkpoint and checkpoint.name),
+        "image decoder": decoder_version(decoder),
+    })  # fmt: skip
     guard.first(make_run_lengths, planned, codec)
     guard.same(lengths_record(guard.together(open_lengths, planned, codec)))
     model = guard.together(make_model, recipe, codec)
     image_size = model.config.vision_settings["image_size"]
-    loader = guard.together(make_loader, planned, codec, image_size, rank, world_size)
+    loader = guard.together(make_loader, planned, codec, image_size, rank, world_size, decoder)
     manifests = hash_of(manifest_record(planned.manifests))
     state = RunState(0, recipe.seed, planned.identity.hex(), SCHEDULE_VERSION, manifests)
     if checkpoint is not None:
@@ -189,14 +194,15 @@ def train_step(run: Run) -> bool:
 
 
 def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict, clock: "Clock") -> None:
-    """Adds up the window over ranks, writes its line, journals masked samples; stops the run above their rate."""
+    """Adds up the window over ranks, writes its line and the journal; stops it above the rate of masked samples."""
     names = list(run.recipe.tasks)
     live = [draft for draft in window.drafts if not draft.reason]
     mine = sums.numpy()
     total = run.guard.sum(np.append(mine, clock.wait_share()))
     nll, targets, right, tokens, used, slots = total[:-1].reshape(mine.shape)
-    mine = [window_fingerprint(names, live), len(window.drafts) - len(live), len(window.drafts)]
-    finger, bad, seen = run.guard.sum(np.array(mine, np.uint64).view(np.int64)).view(np.uint64).tolist()
+    events = run.loader.take_events()
+    mine = [window_fingerprint(names, live), len(window.drafts) - len(live), len(window.drafts), len(events)]
+    finger, bad, seen, befell = run.guard.sum(np.array(mine, np.uint64).view(np.int64)).view(np.uint64).tolist()
     state = run.state = replace(run.state, step=window.step + 1, bad=run.state.bad + bad, seen=run.state.seen + seen)
     seconds, world_size = clock.seconds(), run.engine.world_size
     norm = run.engine.get_global_grad_norm()
@@ -210,8 +216,8 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
         "tokens_per_s": tokens.sum() / seconds, "seconds": seconds, "data_wait": total[-1] / world_size,
         "digest": row["digest"], "fingerprint": f"{finger:016x}", **decide(run, window.step, nll, targets),
     })  # fmt: skip
-    if bad:
-        entries = run.guard.gather(run.loader.journal(window))
+    if bad or befell:
+        entries = run.guard.gather(events + run.loader.journal(window))
         run.metrics.journal(entry for part in entries for entry in part)
     if state.bad >= BAD_BEFORE_STOP and state.bad > run.recipe.data.max_bad_share * state.seen:
         run.metrics.flush()

@@ -8,6 +8,7 @@ import yaml
 
 from dsvlm.config import Recipe, parse_recipe
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
+from dsvlm.data.transforms import check_decoder, resolve_decoder
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, make_tokenizer, manifest_record
 from dsvlm.train.checkpoint import complete_checkpoints, write_file
@@ -39,12 +40,27 @@ def prepare_run(planned: Planned) -> None:
     """
     run_dir = planned.recipe.run_dir
     check_same_run(planned)
+    decoder = run_decoder(planned)
     if not (run_dir / "run.json").exists():
         make_tokenizer(planned).save(run_dir / "tokenizer")
     # At every start: execution settings, such as where shards lie and are evaluated, may have changed.
     write_file(run_dir / "recipe.yaml", yaml.safe_dump(planned.recipe.to_dict(), sort_keys=False).encode())
     # Last: a directory without run.json is one that was never started.
-    write_file(run_dir / "run.json", json.dumps(identity_of(planned), indent=1, sort_keys=True).encode())
+    record = identity_of(planned) | {"decoder": decoder}
+    write_file(run_dir / "run.json", json.dumps(record, indent=1, sort_keys=True).encode())
+
+
+def run_decoder(planned: Planned) -> str:
+    """The decoder of a run: the recipe's, or what `auto` stood for at the run's first start.
+
+    Raises ValueError when it is not installed here.
+    """
+    path, name = planned.recipe.run_dir / "run.json", planned.recipe.data.decoder
+    if name == "auto" and path.exists():
+        name = json.loads(path.read_text()).get("decoder", "pillow")  # runs that do not say it are older than others
+    name = resolve_decoder(name)
+    check_decoder(name)
+    return name
 
 
 def identity_of(planned: Planned) -> dict:
