@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsvlm.data.cached import GAP, LONGEST
 from dsvlm.data.manifest import Manifest
 from dsvlm.schedule.plan import Plan
-
-GAP = 64 * 2**10  # bytes between two samples that are read along with them, instead of a request more
-LONGEST = 8 * 2**20  # bytes of one request
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,14 @@ import numpy as np
 
 from dsvlm.data.boxes import decode_boxes
 from dsvlm.data.encode import IGNORE, Encoded, encode_record, masked_sample
-from dsvlm.data.loader import Source
 from dsvlm.data.reader import BadSample
+from dsvlm.data.reading import Reading
 from dsvlm.data.sample import Box
 from dsvlm.data.tokenizer import TextCodec
-from dsvlm.data.transforms import decode_image
 from dsvlm.preflight.inputs import ImageShape
 from dsvlm.preflight.pieces import Piece, text_pieces
 from dsvlm.tasks import TaskType
-from dsvlm.train.build import Planned, make_sources, task_types
+from dsvlm.train.build import Planned, loader_config, make_sources, task_types
 
 READ = 1000  # samples of a task whose text is read for its lengths
 
@@ -79,20 +78,22 @@ class Viewer:
 
     def __init__(self, planned: Planned, codec: TextCodec, shape: ImageShape):
         self.planned, self.codec, self.shape = planned, codec, shape
-        self.sources, self.kinds = make_sources(planned), list(task_types(planned.recipe).values())
-        self.encoder_decoder = planned.recipe.model.decoder.kind == "t5"
+        config = loader_config(planned.recipe, shape.pixels, rank=0, world_size=1)
+        self.reading = Reading(make_sources(planned), codec.encoder(), config)
+        self.masked = masked_sample(codec, config.encoder_decoder)
+        self.kinds = list(task_types(planned.recipe).values())
 
     def view(self, steps: range, samples: int, progress) -> list[TaskView]:
         """The tasks over `steps`, with the first `samples` of each and all masked ones among the first READ."""
         table = np.concatenate([self.numbered(step) for step in steps])
         return [
             self.view_task(task, table[table[:, 1] == task], samples, progress)
-            for task in range(len(self.sources))
+            for task in range(len(self.reading.sources))
         ]
 
     def view_task(self, task: int, rows: np.ndarray, samples: int, progress) -> TaskView:
         """rows: [n, 3] int64, step, task and ordinal of the task's samples."""
-        source, view = self.sources[task], TaskView(self.sources[task].name, self.kinds[task], len(rows))
+        source, view = self.reading.sources[task], TaskView(self.reading.sources[task].name, self.kinds[task], len(rows))
         rows, size = rows[:READ], self.planned.schedule.streams[task].size
         found = zip(rows.tolist(), *(part.tolist() for part in self.planned.plan.locate(task, rows[:, 2])), strict=True)
         for (step, _, ordinal), epoch, sample in progress(list(found), desc=view.name, unit="sample"):
@@ -112,7 +113,7 @@ class Viewer:
         if text is not None:
             view.lengths.append(len(text.tokens) + len(text.answer or ()))
             view.targets.append(text.count)
-        sent = masked_sample(self.codec, self.encoder_decoder) if reason else text
+        sent = self.masked if reason else text
         view.widths.append(len(sent.tokens) + len(sent.answer or ()) + sent.images * self.shape.tokens)
         if len(view.shown) < samples or reason:
             shown = self.show(task, place, record, text, reason)
@@ -123,30 +124,22 @@ class Viewer:
 
     def text(self, task: int, sample: int) -> tuple[dict, Encoded | None, str | None]:
         """(record, text, reason to mask it); the text of a sample that is only too long is there all the same."""
-        source, record = self.sources[task], {}
+        source, config, found = self.reading.sources[task], self.reading.config, self.reading.text(task, sample)
         try:
             record = source.reader.record(sample)
-            return record, self.encode(source, record, self.planned.recipe.text.max_length), None
-        except BadSample as error:
-            reason = error.reason
-        try:
-            return record, self.encode(source, record, sys.maxsize), reason
+            row = found.row or encode_record(
+                record, source.sample, self.codec, sys.maxsize, images=source.images, classes=source.classes,
+                encoder_decoder=config.encoder_decoder,
+            )  # fmt: skip
         except BadSample:
-            return record, None, reason
-
-    def encode(self, source: Source, record: dict, max_length: int) -> Encoded:
-        return encode_record(
-            record, source.sample, self.codec, max_length, images=source.images, classes=source.classes,
-            encoder_decoder=self.encoder_decoder,
-        )  # fmt: skip
+            return {}, None, found.reason
+        return record, row, found.reason
 
     def show(self, task: int, place: Place, record: dict, text: Encoded | None, reason: str | None) -> Shown:
         pixels = None
         if text is None or text.images:
-            try:
-                pixels = self.pixels(task, place.sample)
-            except BadSample as error:
-                reason = reason or error.reason
+            pixels = np.zeros((3, self.shape.pixels, self.shape.pixels), np.uint8)
+            reason = self.reading.image(task, place.sample, pixels) or reason
         if text is None:
             return Shown(place, pixels, [], [], [], [], [], reason=reason)
         kind, bins = self.kinds[task], self.codec.bins
@@ -157,12 +150,6 @@ class Viewer:
             kind.answer_regions(self.codec.decode(target), bins), kind.regions(record),
             text.images * self.shape.tokens, reason, text.label,
         )  # fmt: skip
-
-    def pixels(self, task: int, sample: int) -> np.ndarray:
-        data = self.sources[task].reader.image(sample)
-        if data is None:
-            raise BadSample("it has no image")
-        return decode_image(data, self.shape.pixels)
 
 
 def split(text: Encoded) -> tuple[Sequence[int], Sequence[int]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsvlm.data.lengths import Lengths
+from dsvlm.data.remote import CONCURRENT
 from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use
 from dsvlm.preflight.inputs import known_lengths
 from dsvlm.preflight.node import NodeReads, node_reads
@@ -14,7 +15,6 @@ from dsvlm.schedule.strategy import idle_share
 from dsvlm.train.build import Planned, make_deal
 from dsvlm.train.lengths import image_tokens
 
-STREAMS = 16  # requests that a rank has under way at once
 IDLE = 0.1  # share of places without a sample that is worth a word
 
 
@@ -163,7 +163,7 @@ def demand(store: Store, cluster: Cluster, requests: np.ndarray, size: np.ndarra
 
     requests, size: [steps], requests and their bytes. Windows are read a step ahead, so they have its time.
     """
-    seconds, streams = store.seconds(requests, size), STREAMS * len(cluster.ranks)
+    seconds, streams = store.seconds(requests, size), CONCURRENT * len(cluster.ranks)
     found = {
         "latency_ms": store.latency_ms, "mb_per_s": store.mb_per_s, "requests": summary(requests),
         "bytes": summary(size), "streams": streams, "step_seconds": store.step_seconds,

@@ -185,14 +185,18 @@ def make_loader(
             check_files(manifest, remote=rank == 0)
         except ValueError as error:
             raise ValueError(f"task {name}: {error}") from None
-    config = LoaderConfig(
+    config = loader_config(recipe, image_size, rank, world_size, decoder)
+    return Loader(planned.plan, make_deal(planned, codec, world_size), make_sources(planned), codec, config)
+
+
+def loader_config(recipe: Recipe, image_size: int, rank: int, world_size: int, decoder: str = "") -> LoaderConfig:
+    return LoaderConfig(
         seed=recipe.seed, rank=rank, world_size=world_size, micro_batch=recipe.train.micro_batch,
         image_size=image_size, max_length=recipe.text.max_length,
         encoder_decoder=recipe.model.decoder.kind == "t5", workers=recipe.data.workers, cache_mb=recipe.data.cache_mb,
         worker_timeout=recipe.data.worker_timeout, decoder=decoder or resolve_decoder(recipe.data.decoder),
         dct_scaling=recipe.data.dct_scaling,
     )  # fmt: skip
-    return Loader(planned.plan, make_deal(planned, codec, world_size), make_sources(planned), codec, config)
 
 
 def make_deal(planned: Planned, codec: TextCodec, world_size: int) -> Callable[[Window], Sequence]:
