@@ -68,7 +68,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, help="directory of a shard set")
+    parser.add_argument("directory", help="directory of a shard set, or its URL")
     parser.add_argument("--decode", action="store_true", help="decode every image too")
     parser.epilog = "example:\n  %(prog)s data/scenes/train/caption --decode"
     _add_json(parser)
@@ -76,7 +76,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, help="directory of a shard set")
+    parser.add_argument("directory", help="directory of a shard set, or its URL")
     parser.epilog = "example:\n  %(prog)s data/scenes/train/caption"
     _add_json(parser)
     parser.set_defaults(run=_info)

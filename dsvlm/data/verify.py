@@ -3,11 +3,17 @@
 import hashlib
 from pathlib import Path
 
-from dsvlm.data.index import ShardIndex, index_tar
-from dsvlm.data.manifest import MANIFEST, SHARDS, Manifest, load_manifest
+import numpy as np
+
+from dsvlm.data.adopt import open_file, open_stream
+from dsvlm.data.index import ShardIndex, scan_tar
+from dsvlm.data.manifest import MANIFEST, SHARDS, Manifest, is_url, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
+from dsvlm.data.remote import download
+from dsvlm.data.stream import Stream
 from dsvlm.data.transforms import decode_image
 
+FETCHED = 256         # samples of a remote shard that are asked for together
 DECODED = 32          # pixels: the smallest side that still runs the whole decoder
 
 
@@ -31,24 +37,30 @@ def verify(directory, decode: bool = False, progress=None) -> dict:
     shards = range(len(manifest.names))
     for number in shards if progress is None else progress(shards, desc="verify"):
         problems = _check_index(manifest, number)
-        path = manifest.path / manifest.names[number]
-        if not path.is_file():
-            problems.append(f"shard {path.name} is missing")
-        elif not problems:
-            index = ShardIndex(path.with_suffix(".arrow"))
-            problems += _check_shard(manifest, number)
+        name, stream = manifest.names[number], None
+        try:
+            stream = open_stream(manifest.shard(number))
+        except (ValueError, OSError) as error:
+            missing = not is_url(manifest.shard(number)) or "no file" in str(error)
+            problems.append(f"shard {name} is missing" if missing else f"shard {name}: {error}")
+        if not problems:
+            index = ShardIndex(manifest.index(number), (manifest.mapping or {}).get("image"))
             damaged = _check_samples(manifest, number, index, decode)
-            problems += _check_tar(path, index, damaged)
-            problems += _check_keys(path.name, index, keys)
+            found = _check_contents(manifest, number, stream, index, damaged)
+            problems += _check_shard(manifest, number, stream) + found
+            if manifest.mapping is None:          # shards of other tools may use a key again; ours never do
+                problems += _check_keys(name, index, keys)
             first = sum(manifest.sizes[:number])
-            report["damaged"] += [{"sample": first + row, "shard": path.name, "key": index.key(row), "reason": reason}
+            report["damaged"] += [{"sample": first + row, "shard": name, "key": index.key(row), "reason": reason}
                                   for row, reason in sorted(damaged.items())]
         report["problems"] += problems
     return report
 
 
 def _check_index(manifest: Manifest, number: int) -> list[str]:
-    path = (manifest.path / manifest.names[number]).with_suffix(".arrow")
+    path = manifest.index(number)
+    if manifest.url is not None:
+        download(f"{manifest.url}/{path.name}", path)
     if not path.is_file():
         return [f"index {path.name} is missing"]
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -57,15 +69,13 @@ def _check_index(manifest: Manifest, number: int) -> list[str]:
     return []
 
 
-def _check_shard(manifest: Manifest, number: int) -> list[str]:
-    path, size, sha256 = manifest.path / manifest.names[number], manifest.bytes[number], manifest.sha256[number]
+def _check_shard(manifest: Manifest, number: int, stream: Stream) -> list[str]:
+    name, size, sha256 = manifest.names[number], manifest.bytes[number], manifest.sha256[number]
     problems = []
-    if path.stat().st_size != size:
-        problems.append(f"shard {path.name}: {size} bytes expected, {path.stat().st_size} found")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        problems.append(f"shard {path.name}: sha256 {sha256} expected, {found} found")
+    if stream.size != size:
+        problems.append(f"shard {name}: {size} bytes expected, {stream.size} found")
+    if stream.sha256() != sha256:
+        problems.append(f"shard {name}: sha256 {sha256} expected, {stream.sha256()} found")
     return problems
 
 
@@ -75,6 +85,8 @@ def _check_samples(manifest: Manifest, number: int, index: ShardIndex, decode: b
     first = sum(manifest.sizes[:number])
     damaged = {}
     for row in range(index.samples):
+        if row % FETCHED == 0:
+            reader.fetch(np.arange(first + row, first + min(row + FETCHED, index.samples)), 0)
         try:
             reader.record(first + row)
             for extension in index.extensions:
@@ -88,16 +100,22 @@ def _check_samples(manifest: Manifest, number: int, index: ShardIndex, decode: b
     return damaged
 
 
-def _check_tar(path: Path, index: ShardIndex, damaged: dict[int, str]) -> list[str]:
-    """Scan the tar as a stranger would; rows that differ from the index join `damaged`."""
+def _check_contents(manifest: Manifest, number: int, stream: Stream, index: ShardIndex, damaged: dict) -> list[str]:
+    """Scan the shard as a stranger would; rows that differ from the index join `damaged`."""
+    name, mapping = manifest.names[number], manifest.mapping or {}
     try:
-        table = index_tar(path)
+        if name.endswith(".parquet"):
+            from dsvlm.data.parquet import index_parquet
+
+            table = index_parquet(name, open_file(manifest.shard(number)), mapping)
+        else:
+            table = scan_tar(manifest.shard(number), stream, mapping.get("image"))
     except ValueError as error:
         return [str(error)]
     if table.num_rows != index.samples:
-        return [f"shard {path.name} holds {table.num_rows} samples, its index {index.samples}"]
+        return [f"shard {name} holds {table.num_rows} samples, its index {index.samples}"]
     if table.column_names != index.table.column_names:
-        return [f"shard {path.name} has columns {table.column_names}, its index {index.table.column_names}"]
+        return [f"shard {name} has columns {table.column_names}, its index {index.table.column_names}"]
     if not table.equals(index.table):
         for row, (found, expected) in enumerate(zip(table.to_pylist(), index.table.to_pylist(), strict=True)):
             if found != expected:
