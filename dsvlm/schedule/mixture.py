@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsvlm.schedule.keys import hash64, key64
-from dsvlm.schedule.permutation import permute
+from dsvlm.schedule.permutation import permutations
 
 
 class Phase(NamedTuple):
@@ -49,12 +49,11 @@ class Mixture:
 
     def _draw(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         length = len(self.tasks)
-        cycle = np.arange(first, last)[:, None]
-        place = np.arange(length)[None, :]
-        task = self.tasks[permute(place, length, hash64(self.key, cycle))]  # [cycles, Q]
+        cycle = np.arange(first, last)
+        task = self.tasks[permutations(length, hash64(self.key, cycle))]  # [cycles, Q]
         earlier = np.empty_like(task)  # occurrences of the slot's task earlier in its cycle
         np.put_along_axis(earlier, np.argsort(task, axis=1, kind="stable"), self.rank[None, :], axis=1)
-        return task.ravel(), (cycle * self.quotas[task] + earlier).ravel()
+        return task.ravel(), (cycle[:, None] * self.quotas[task] + earlier).ravel()
 
 
 class Drawn:

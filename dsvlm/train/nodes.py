@@ -45,7 +45,7 @@ class Nodes:
         dist.broadcast(values, self.leader, self.node)
 
     def merge(self, value: Value, function: Callable[[list[Value]], Value]) -> Value:
-        """`function` of small Python values of all ranks, on every rank; it merges its own results too, in rank order."""
+        """`function` of small values of all ranks, on every rank; it merges its own results, too."""
         values = gathered(value, self.leader, self.node)
         merged = [function(values) if values else None]
         if self.leads:
