@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from benchmarks.padding import MIXTURE, table
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -201,3 +202,11 @@ def test_costs_at_many_ranks():
         useful, padded, waited = token_shares(rounds, lengths)
         assert useful / padded > (0.97 if pack else 0.88)
         assert padded / waited > 0.9
+
+
+def test_goals():
+    """What the benchmark says of one number of ranks: about half is useful in random batches of captions and text."""
+    found = {row["cut"]: row for row in table(1024, [8], 2) if row["data"] == MIXTURE}
+    assert found["random batches"]["useful"] < 0.55
+    assert found["buckets"]["useful"] >= 0.88 and found["packed"]["useful"] >= 0.97
+    assert min(found["buckets"]["step"], found["packed"]["step"]) > 0.95 > 0.75 > found["random batches"]["step"]
