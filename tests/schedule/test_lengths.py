@@ -5,10 +5,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from benchmarks.padding import MIXTURE, table
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.padding import MIXTURE, table
 from dsvlm.schedule.lengths import balanced_rows, deal_by_length, optimal_edges, token_shares
 from dsvlm.schedule.plan import Plan, Schedule, Stream
 from dsvlm.schedule.strategy import deal
