@@ -45,8 +45,9 @@ def digest(identity: bytes, window: Window) -> str:
     """Return 32 hex digits that name one step of a run; equal for every world size and micro-batch."""
     order = [0, 0] if window.order_key is None else [1, window.order_key]
     head = np.array([SCHEDULE_VERSION, len(identity), window.step, len(window.table), *order], "<u8")
-    blocks = np.ascontiguousarray(window.table, "<i8")
-    return hashlib.blake2b(head.tobytes() + identity + blocks.tobytes(), digest_size=16).hexdigest()
+    named = hashlib.blake2b(head.tobytes() + identity, digest_size=16)
+    named.update(np.ascontiguousarray(window.table, "<i8"))
+    return named.hexdigest()
 
 
 def fingerprint(task_name: str, epoch: np.ndarray, sample: np.ndarray, crc: np.ndarray) -> int:

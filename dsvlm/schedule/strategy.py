@@ -149,12 +149,13 @@ def idle_share(rounds: tuple[Round, ...]) -> Fraction:
 
 def _packed_pieces(counts: np.ndarray, world_size: int, micro_batch: int) -> np.ndarray:
     """Return the pieces per block: the least that micro_batch allows, then more until the last round is full."""
-    fewest = int((-(-counts // micro_batch)).sum())
+    sizes, times = np.unique(counts, return_counts=True)  # chunks are many, and all alike
+    fewest = int((-(-sizes // micro_batch) * times).sum())
     wanted = min(-(-fewest // world_size) * world_size, int(counts.sum()))
     low, high = 1, micro_batch  # the least size of the largest unit that needs no more than the wanted units
     while low < high:
         size = (low + high) // 2
-        if (-(-counts // size)).sum() <= wanted:
+        if (-(-sizes // size) * times).sum() <= wanted:
             high = size
         else:
             low = size + 1
