@@ -45,6 +45,8 @@ def plan_run(recipe: Recipe) -> Planned:
     """Reads the manifests and makes the plan; no sample is read."""
     task_types(recipe)  # checks the prompts
     manifests = {name: task_manifest(recipe, name, task.shards) for name, task in recipe.tasks.items()}
+    if not recipe.data.shared_shards:
+        check_duplicates(manifests)
     options = recipe.schedule
     streams = tuple(
         Stream(name, manifests[name].sizes, task.samples, task.quota or task.samples)
@@ -113,6 +115,21 @@ def task_manifest(recipe: Recipe, name: str, shards: str) -> Manifest:
             f"{task.type!r}{nearest(manifest.type, TASK_TYPES)}; change one of the two"
         )
     return manifest
+
+
+def check_duplicates(manifests: dict[str, Manifest]) -> None:
+    """Raises ValueError when two of the tasks' shards, or two of one task's, hold the same bytes (by their sha256)."""
+    seen: dict[str, tuple[str, Manifest, str]] = {}
+    for task, manifest in manifests.items():
+        for shard, samples, sha256 in zip(manifest.names, manifest.sizes, manifest.sha256, strict=True):
+            if sha256 in seen and samples:
+                other, first, name = seen[sha256]
+                raise ValueError(
+                    f"task {task}: shard {shard} in {manifest.path} holds the same bytes as {name} in {first.path} "
+                    f"of task {other} (sha256 {sha256[:12]}...): its samples would count twice. Remove one of the two; or, where "
+                    "tasks read the same shards on purpose, each in its own order, set data.shared_shards=true"
+                )
+            seen[sha256] = (task, manifest, shard)
 
 
 def task_types(recipe: Recipe) -> dict[str, TaskType]:
