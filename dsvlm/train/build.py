@@ -126,8 +126,8 @@ def check_duplicates(manifests: dict[str, Manifest]) -> None:
                 other, first, name = seen[sha256]
                 raise ValueError(
                     f"task {task}: shard {shard} in {manifest.path} holds the same bytes as {name} in {first.path} "
-                    f"of task {other} (sha256 {sha256[:12]}...): its samples would count twice. Remove one of the two; or, where "
-                    "tasks read the same shards on purpose, each in its own order, set data.shared_shards=true"
+                    f"of task {other} (sha256 {sha256[:12]}...): its samples would count twice. Remove one of the two; "
+                    "or, where tasks read the same shards on purpose, each in its own order, set data.shared_shards=true"
                 )
             seen[sha256] = (task, manifest, shard)
 
