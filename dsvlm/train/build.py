@@ -127,7 +127,7 @@ def check_duplicates(manifests: dict[str, Manifest]) -> None:
                 raise ValueError(
                     f"task {task}: shard {shard} in {manifest.path} holds the same bytes as {name} in {first.path} "
                     f"of task {other} (sha256 {sha256[:12]}...): its samples would count twice. Remove one of the two; "
-                    "or, where tasks read the same shards on purpose, each in its own order, set data.shared_shards=true"
+                    "or, where tasks read the same shards on purpose (each in its own order), set data.shared_shards"
                 )
             seen[sha256] = (task, manifest, shard)
 
