@@ -64,6 +64,39 @@ def _lengths(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="DIR|RECIPE", help="directory of a shard set, or a recipe (name or .yaml)")
+    _add_set(parser)
+    parser.add_argument("--workers", metavar="N,N", help="loader processes to try, of a recipe (default 0,1,2)")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each row (default 3)")
+    parser.add_argument("--image-size", type=int, metavar="P", help="pixels of a side (default: the recipe's, or 224)")
+    parser.epilog = "example:\n  %(prog)s quickstart --workers 0,2,4"
+    _add_json(parser)
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from dsvlm.preflight.bench import bench_directory, bench_recipe, render
+
+    if not 0 < args.seconds <= 600:
+        raise ValueError(f"--seconds {args.seconds}: expected more than 0 and at most 600")
+    if args.image_size is not None and not 1 <= args.image_size <= 4096:
+        raise ValueError(f"--image-size {args.image_size}: expected 1 to 4096 pixels")
+    if Path(args.subject).is_dir():
+        if args.workers or args.set:
+            raise ValueError("--workers and --set: a shard set has no loader of its own; give a recipe")
+        report = bench_directory(args.subject, args.image_size or 224, args.seconds, _progress(args))
+    else:
+        from dsvlm.config import load_recipe
+        from dsvlm.train.build import plan_run
+
+        planned = plan_run(load_recipe(args.subject, args.set))
+        workers = _numbers("--workers", args.workers or "0,1,2")
+        report = bench_recipe(planned, args.image_size, workers, args.seconds, _progress(args))
+    print(json.dumps(report, sort_keys=True) if args.json else render(report))
+    return 1 if report["damaged"] else 0
+
+
 def _add_simulate(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
     parser.add_argument("--world-size", type=int, required=True, metavar="W", help="ranks of the run")
@@ -119,6 +152,13 @@ def _steps(text: str, last: int) -> range:
     return range(int(low), min(int(high), last))
 
 
+def _numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"{option} {text}: expected numbers with commas between them, for example 0,1,2")
+    return [int(part) for part in parts]
+
+
 def _progress(args: argparse.Namespace):
     """A progress bar on stderr, where that is a terminal and the report is for people; elsewhere the items alone."""
     if args.json or not sys.stderr.isatty():
@@ -131,5 +171,6 @@ def _progress(args: argparse.Namespace):
 _COMMANDS = {
     "lengths": (_add_lengths, "count the tokens of every sample, for a recipe that cuts its windows by length"),
     "preview": (_add_preview, "write a page of what the model will see: images, boxes, tokens, where the loss is"),
+    "bench": (_add_bench, "measure how fast this machine reads, decodes and batches, and what limits it"),
     "simulate": (_add_simulate, "show what one node of a large run will read, from the manifests alone"),
 }

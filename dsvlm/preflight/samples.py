@@ -93,7 +93,8 @@ class Viewer:
 
     def view_task(self, task: int, rows: np.ndarray, samples: int, progress) -> TaskView:
         """rows: [n, 3] int64, step, task and ordinal of the task's samples."""
-        source, view = self.reading.sources[task], TaskView(self.reading.sources[task].name, self.kinds[task], len(rows))
+        source = self.reading.sources[task]
+        view = TaskView(source.name, self.kinds[task], len(rows))
         rows, size = rows[:READ], self.planned.schedule.streams[task].size
         found = zip(rows.tolist(), *(part.tolist() for part in self.planned.plan.locate(task, rows[:, 2])), strict=True)
         for (step, _, ordinal), epoch, sample in progress(list(found), desc=view.name, unit="sample"):

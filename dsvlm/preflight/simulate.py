@@ -11,6 +11,7 @@ from dsvlm.data.remote import CONCURRENT
 from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use
 from dsvlm.preflight.inputs import known_lengths
 from dsvlm.preflight.node import NodeReads, node_reads
+from dsvlm.preflight.table import table
 from dsvlm.schedule.strategy import idle_share
 from dsvlm.train.build import Planned, make_deal
 from dsvlm.train.lengths import image_tokens
@@ -134,9 +135,9 @@ def useful_share(planned: Planned, reads: NodeReads, lengths: list[Lengths] | No
     if lengths is None:
         return None
     positions = np.zeros(len(reads.task), np.int64)
-    for task, table in enumerate(lengths):
+    for task, known in enumerate(lengths):
         here = reads.task == task
-        positions[here] = table.positions(reads.sample[here], image_tokens(planned.recipe))
+        positions[here] = known.positions(reads.sample[here], image_tokens(planned.recipe))
     useful, computed = reads.padding(positions)
     return useful / computed
 
@@ -246,13 +247,6 @@ def show(value: float | None) -> str:
 
 def both(values: dict, unit: float = 1) -> list[str]:
     return [f"{values[key] / unit:,.2f}".rstrip("0").rstrip(".") for key in ("mean", "max")]
-
-
-def table(rows: list[list[str]]) -> list[str]:
-    """Lines of a table, its first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
 
 
 def mean(values) -> float:
