@@ -1,0 +1,165 @@
+"""One contestant in a process of its own: `python -m benchmarks.contest NAME ...` prints samples per second as JSON.
+
+The clock runs from one batch to a later one, in the steady state; the consumer only takes batches. Nothing of one
+contestant (threads, caches, shared memory) is there when the next one runs.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from benchmarks.inputs import PIXELS
+from benchmarks.measure import children, pss_mb
+
+OURS = "dsvlm"
+LIMIT = "decode limit"
+LIMIT_TEXT = "decode and tokenise limit"
+WINDOW = 256  # samples of one window
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+MODEL = {  # never built: a recipe must have one
+    "vision": {"config": {**SIZES, "image_size": PIXELS, "patch_size": 14, "intermediate_size": 64}},
+    "decoder": {"config": {**SIZES, "word_embed_proj_dim": 64, "ffn_dim": 64, "max_position_embeddings": 2048}},
+}
+
+
+def run(name: str, root: Path, *, workers: int, batch: int, warm: int, timed: int, tasks: str = "caption") -> dict:
+    """Runs a contestant in a fresh process; {"rate": images per second, "pss": MB of each worker}."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.contest", name, "--root", str(root)]
+    for option, value in (("workers", workers), ("batch", batch), ("warm", warm), ("timed", timed), ("tasks", tasks)):
+        command += [f"--{option}", str(value)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.contest")
+    parser.add_argument("name")
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--tasks", default="caption")
+    for option in ("workers", "batch", "warm", "timed"):
+        parser.add_argument(f"--{option}", type=int, required=True)
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    if args.name in (LIMIT, LIMIT_TEXT):
+        result = decode_flat_out(args)
+    else:
+        result = timed(open_contestant(args), args.warm, args.timed)
+    sys.stdout.flush()
+    print("\n" + json.dumps(result), flush=True)
+    os._exit(0)  # loaders' threads and workers need no farewell
+
+
+def open_contestant(args) -> Iterable:
+    if args.name == OURS:
+        return ours(args.root, args.tasks.split(","), args.workers, args.batch)
+    from benchmarks.peers import PEERS, Work
+    from dsvlm.data.tokenizer import load_tokenizer
+
+    directory = args.root / "peers" / args.name.split()[0].lower()
+    work = Work(directory, load_tokenizer(args.root / "tokenizer", 8), args.batch, args.workers)
+    return PEERS[args.name][2](work)
+
+
+def timed(batches: Iterable, warm: int, count: int) -> dict:
+    """Images per second over `count` batches after `warm` ones."""
+    images, iterator = 0, iter(batches)
+    for _ in range(warm):
+        next(iterator)
+    start = time.perf_counter()
+    for _ in range(count):
+        batch = next(iterator)
+        images += len(batch["pixels"] if isinstance(batch, dict) else batch)
+    seconds = time.perf_counter() - start
+    return {"rate": images / seconds, "pss": [pss_mb(pid) for pid in children(os.getpid())]}
+
+
+def planned_run(root, tasks: list[str], workers: int, batch: int, changed: dict | None = None):
+    """A run's plan over generated sets, made as training makes it; `changed`: sections of the recipe, merged in."""
+    from dsvlm.config import parse_recipe
+    from dsvlm.train.build import plan_run
+
+    samples = {"text": WINDOW // 8, "vqa": WINDOW // 4}
+    kinds = {"vqa": "vqa", "text": "vqa"}
+    recipe = {
+        "name": "benchmark",
+        "data": {"root": str(root), "workers": workers, "cache_mb": 0, "decoder": "pillow"},
+        "text": {"max_length": 1024, "bins": 8},
+        "model": MODEL,
+        "tasks": {
+            name: {"type": kinds.get(name, "caption"), "shards": name, "samples": samples.get(name, WINDOW)}
+            for name in tasks
+        },
+        "schedule": {"steps": 10**9},
+        "train": {"micro_batch": batch, "zero": 0},
+    }
+    for section, fields in (changed or {}).items():
+        recipe[section] = recipe[section] | fields
+    return plan_run(parse_recipe(recipe))
+
+
+def ours(root: Path, tasks: list[str], workers: int, batch: int) -> Iterator:
+    """Pixels of each batch, window after window: what a training rank takes."""
+    from dsvlm.data.tokenizer import load_tokenizer
+    from dsvlm.train.build import make_loader
+
+    loader = make_loader(planned_run(root, tasks, workers, batch), load_tokenizer(root / "tokenizer", 8), PIXELS, 0, 1)
+    step = 0
+    while True:
+        window = loader.window(step)
+        for found in loader.batches(window, [1.0] * len(tasks)):
+            yield found.pixels if int(found.image_row[0]) >= 0 else ()
+        step += 1
+
+
+def decode_flat_out(args) -> dict:
+    """Processes that decode images from memory, without any hand-over: what the cores can do at most."""
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(args.workers + 1), context.Queue()
+    processes = [
+        context.Process(target=decode_some, args=(args, rank, barrier, queue), daemon=True)
+        for rank in range(args.workers)
+    ]
+    for process in processes:
+        process.start()
+    barrier.wait()
+    return {"rate": sum(queue.get() for _ in processes), "pss": []}
+
+
+def decode_some(args, rank: int, barrier, queue) -> None:
+    from benchmarks.peers import Work
+    from dsvlm.data.manifest import load_manifest
+    from dsvlm.data.reader import ShardReader
+    from dsvlm.data.tokenizer import load_tokenizer
+    from dsvlm.data.transforms import decode_image
+
+    reader = ShardReader(load_manifest(args.root / "caption"))
+    work = Work(Path(), load_tokenizer(args.root / "tokenizer", 8), args.batch, args.workers)
+    numbers = range(rank, min(len(reader), 512 * args.workers), args.workers)
+    memory = [(reader.image(number), reader.record(number)) for number in numbers]
+    count = args.timed * args.batch // args.workers
+    todo = [memory[i % len(memory)] for i in range(count)]
+    for image, _ in memory[:64]:
+        decode_image(image, PIXELS)
+    barrier.wait()
+    start = time.perf_counter()
+    for image, record in todo:
+        if args.name == LIMIT_TEXT:
+            work.encode(image, record)
+        else:
+            decode_image(image, PIXELS)
+    queue.put(count / (time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    main()
