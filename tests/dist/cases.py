@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from dsvlm.train import build, checkpoint
-from dsvlm.train.engine import make_engine
 from dsvlm.train.ema import Ema
+from dsvlm.train.engine import make_engine
 from dsvlm.train.fragments import gather, trainable
 from dsvlm.train.guard import Guard
 from dsvlm.train.loop import create_optimizer_state
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.window import WindowSums, accumulate, target_weights
+from tests.dist.runs import train_until  # noqa: F401
 
 
 class Tiny:
