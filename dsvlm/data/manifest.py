@@ -156,11 +156,11 @@ def _sizes(shards: list[str]) -> dict[str, int | None]:
 
 
 def _check_names(manifest: Manifest) -> None:
-    """What is read of shards is stated; they lie in the set's directory, unless the set was made by `dsvlm data index`; a program is never run."""
+    """They lie in the set's directory, unless `dsvlm data index` made the set; a program is never run."""
     fields = (manifest.mapping or {"fields": {}}).get("fields")
     if not isinstance(fields, dict) or not all(isinstance(place, str) for place in fields.values()):
-        raise ValueError(f"{manifest.path / MANIFEST}: preprocessing.{INDEXED}.fields is {fields!r}, not record keys with "
-                         f"their places: index the shards again")
+        raise ValueError(f"{manifest.path / MANIFEST}: preprocessing.{INDEXED}.fields is {fields!r}, not record keys "
+                         f"with their places: index the shards again")
     for name in manifest.names:
         parts = name.split("/")
         away = is_url(name) or name.startswith("/") or ".." in parts

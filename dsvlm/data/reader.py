@@ -46,7 +46,7 @@ class ShardReader:
         self.manifest, self.cache, self.cache_mb = manifest, cache, cache_mb
         self._starts = [0, *accumulate(manifest.sizes)]
         self._remote = any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
-        shared = _Shared(manifest, cache, cache_mb if self._remote else 0)
+        shared = _Shared(manifest, self._remote, cache, cache_mb)
         self._shard = lru_cache(OPEN_SHARDS)(partial(_Shard, shared))
 
     def __len__(self) -> int:
@@ -130,13 +130,17 @@ class ShardReader:
 
 
 class _Shared:
-    """What the shards of one reader share: the manifest, the node's cache and which indexes were checked."""
+    """What the shards of one reader share: the manifest, stores, the node's cache and which indexes were checked."""
 
-    def __init__(self, manifest: Manifest, cache: str, cache_mb: int):
-        self.manifest, self.cache_directory = manifest, cache
+    def __init__(self, manifest: Manifest, remote: bool, cache: str, cache_mb: int):
+        self.manifest = manifest
         self.checked: set[int] = set()
-        self.cache = None
-        if cache_mb:
+        self.cache = self.stores = None
+        if remote:
+            from dsvlm.data.remote import Stores
+
+            self.stores = Stores()
+        if remote and cache_mb:
             from dsvlm.data.range_cache import RangeCache
             from dsvlm.data.remote import cache_directory
 
@@ -244,7 +248,9 @@ class _Shard:
         try:
             return self._read(offset, size)
         except OSError as error:
-            raise OSError(error.errno, f"{self.where(row)}: {error.strerror or error}") from error
+            if error.errno is None:               # a store's
+                raise type(error)(f"{self.where(row)}: {error}") from error
+            raise OSError(error.errno, f"{self.where(row)}: {error.strerror}") from error
 
     def _repaired(self, row: int, extension: str, member: tuple[int, int, int], data: bytes) -> bytes:
         """The bytes read again past a damaged cache; BadSample when they are not what the index says either."""
@@ -265,7 +271,8 @@ def _cached(shared: _Shared, number: int):
 
     manifest = shared.manifest
     url, name = manifest.shard(number), manifest.names[number]
-    return CachedFile(RemoteFile(url, manifest.bytes[number], name), shared.cache, manifest.sha256[number][:32])
+    file = RemoteFile(url, manifest.bytes[number], name, shared.stores)
+    return CachedFile(file, shared.cache, manifest.sha256[number][:32])
 
 
 def _check_index(shared: _Shared, number: int) -> None:

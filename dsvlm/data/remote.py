@@ -20,14 +20,35 @@ class RemoteError(OSError):
     """A store did not answer, or not with what was asked for, at any attempt."""
 
 
+class Stores:
+    """The file systems that a process talks to, one per scheme and host; fsspec's own are one per thread too."""
+
+    def __init__(self):
+        self._process, self._systems = os.getpid(), {}
+
+    def __reduce__(self):
+        return Stores, ()
+
+    def connect(self, url: str):
+        """(file system, path) of a URL; a forked process connects anew."""
+        import fsspec
+
+        if self._process != os.getpid():
+            self._process, self._systems = os.getpid(), {}
+        base = "/".join(url.split("/")[:3])
+        if base not in self._systems:
+            self._systems[base] = fsspec.core.url_to_fs(url)[0]
+        return self._systems[base], self._systems[base]._strip_protocol(url)
+
+
 class RemoteFile:
     """A file at a URL. Nothing of it is open, so it may be pickled, forked and used by several threads.
 
     name: what messages call it. size: in bytes; None = ask the store.
     """
 
-    def __init__(self, url: str, size: int | None = None, name: str = ""):
-        self.url, self.name = url, name or url
+    def __init__(self, url: str, size: int | None = None, name: str = "", stores: Stores | None = None):
+        self.url, self.name, self.stores = url, name or url, stores or Stores()
         if size is None:
             size = sizes([url])[url]
         if size is None:
@@ -40,20 +61,13 @@ class RemoteFile:
         return b"" if stop <= offset else retry(self.url, self.name, lambda: self._range(offset, stop))
 
     def _range(self, start: int, stop: int) -> bytes:
-        fs, path = connect(self.url)
+        fs, path = self.stores.connect(self.url)
         data = bytes(fs.cat_file(path, start=start, end=stop))
         if len(data) > stop - start:
             raise ValueError(f"{len(data)} bytes instead of {stop - start}: the server does not support ranges")
         if len(data) < stop - start:
             raise OSError(f"{len(data)} bytes instead of {stop - start}")
         return data
-
-
-def connect(url: str):
-    """(file system, path) of a URL; fsspec keeps one file system per process and store."""
-    import fsspec
-
-    return fsspec.core.url_to_fs(url)
 
 
 def retry(url: str, name: str, request: Callable):
@@ -72,8 +86,10 @@ def retry(url: str, name: str, request: Callable):
 
 def sizes(urls: Iterable[str]) -> dict[str, int | None]:
     """Bytes of the file at each URL, None = there is none; several requests at a time."""
+    stores = Stores()
+
     def size(url: str) -> int | None:
-        fs, path = connect(url)
+        fs, path = stores.connect(url)
         return fs.info(path)["size"] if fs.exists(path) else None
 
     urls = list(dict.fromkeys(urls))
@@ -117,7 +133,7 @@ def cache_directory(cache: str) -> Path:
 
 
 def _whole(url: str) -> bytes:
-    fs, path = connect(url)
+    fs, path = Stores().connect(url)
     return bytes(fs.cat_file(path))
 
 

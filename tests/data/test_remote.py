@@ -1,0 +1,299 @@
+"""Remote shards: the same bytes as local ones, few requests, a cache that several processes share, stores that fail."""
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import slow_store
+from dsvlm.data import remote
+from dsvlm.data.adopt import index_set
+from dsvlm.data.cached import GAP, LONGEST, coalesce
+from dsvlm.data.manifest import check_files, join, load_manifest
+from dsvlm.data.range_cache import RangeCache
+from dsvlm.data.reader import BadSample, ShardReader
+from dsvlm.data.remote import RemoteError, RemoteFile, Stores
+from dsvlm.data.shard import ShardWriter
+from dsvlm.data.verify import verify
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT = 200
+
+
+@pytest.fixture
+def store(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    return slow_store.register(latency=0.001, bandwidth=1e9)
+
+
+@pytest.fixture
+def local(tmp_path):
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "set", "caption", shard_bytes=2**20) as writer:
+        for i in range(COUNT):
+            image = rng.bytes(int(rng.integers(1000, 20000)))
+            writer.write(f"k{i}", {"json": b'{"caption":"%d"}' % i, "jpg": image})
+    return load_manifest(tmp_path / "set")
+
+
+@pytest.fixture
+def reader(store, local, tmp_path):
+    """The same set at a URL; the requests counted are those after its small files were read."""
+    reader = ShardReader(load_manifest(f"slow://{local.path}", str(tmp_path / "cache")), str(tmp_path / "cache"))
+    for number in np.cumsum((0, *reader.manifest.sizes[:-1])):
+        reader.key(number)
+    store.requests.clear()
+    return reader
+
+
+def equal(reader, local, samples=range(COUNT)) -> bool:
+    truth = ShardReader(local)
+    return all(reader.record(i) == truth.record(i) and reader.image(i) == truth.image(i) for i in samples)
+
+
+def test_a_set_at_a_url_is_the_set(reader, local, tmp_path, monkeypatch):
+    assert reader.manifest.hash == local.hash and reader.manifest.sizes == local.sizes and len(local.names) > 1
+    check_files(reader.manifest)
+    assert equal(reader, local)
+    assert reader.where(3) == ShardReader(local).where(3) and reader.crc(7) == ShardReader(local).crc(7)
+    assert equal(pickle.loads(pickle.dumps(reader)), local, range(0, COUNT, 7))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))   # where the cache is when nobody names a directory
+    assert not verify(f"slow://{local.path}")["problems"] and (tmp_path / f"dsvlm-cache-{os.getuid()}").is_dir()
+
+
+def test_fetch_asks_once_for_neighbours_and_reading_asks_no_more(reader, local, store):
+    reader.fetch(np.arange(64), 5)
+    assert len(store.requests) == 1
+    assert equal(reader, local, range(64)) and len(store.requests) == 1
+    reader.fetch(np.arange(64), 6)                            # it is here already
+    assert len(store.requests) == 1
+    reader.fetch(np.array([180, 2, 100, 181, 101]), 7)        # 2 is cached; the others lie in two places
+    assert len(store.requests) == 3
+    assert equal(reader, local, [180, 2, 100, 181, 101]) and len(store.requests) == 3
+    other = ShardReader(reader.manifest, reader.cache)        # another process would find the same files
+    assert equal(other, local, range(64)) and len(store.requests) == 3
+    assert equal(reader, local, [150]) and len(store.requests) == 5      # without a hint: record and image
+    assert equal(reader, local, [150]) and len(store.requests) == 5
+
+
+def test_without_a_cache_every_read_is_a_request(reader, local, store):
+    bare = ShardReader(reader.manifest, "", 0)
+    bare.fetch(np.arange(10), 0)
+    assert equal(bare, local, range(10)) and len(store.requests) >= 20
+
+
+def test_fetches_go_side_by_side(store, local, tmp_path):
+    most, now, lock = [0], [0], threading.Lock()
+    original = slow_store.SlowStore.cat_file
+
+    def counted(self, *args, **options):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        try:
+            return original(self, *args, **options)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    slow_store.register(latency=0.02, bandwidth=1e9)
+    reader = ShardReader(load_manifest(f"slow://{local.path}", str(tmp_path / "cache")), str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slow_store.SlowStore, "cat_file", counted)
+        reader.fetch(np.arange(0, COUNT, 20), 0)
+    assert most[0] >= 4
+
+
+def test_coalesce():
+    assert coalesce([(5, 9), (0, 5), (9 + GAP, 10 + GAP)]) == [(0, 10 + GAP)]
+    assert coalesce([(0, 5), (6 + GAP, 7 + GAP)]) == [(0, 5), (6 + GAP, 7 + GAP)]
+    half = LONGEST // 2
+    assert coalesce([(0, half), (half, 2 * half), (2 * half, 3 * half)]) == [(0, 2 * half), (2 * half, 3 * half)]
+    assert coalesce([(0, 100), (10, 20), (30, 130)]) == [(0, 130)] and coalesce([]) == []
+
+
+def test_a_store_that_fails_now_and_then_is_asked_again(store, local, tmp_path):
+    slow_store.register(latency=0.0, fail_every=3)
+    reader = ShardReader(load_manifest(f"slow://{local.path}", str(tmp_path / "cache")), str(tmp_path / "cache"))
+    reader.fetch(np.arange(0, COUNT, 15), 0)
+    assert equal(reader, local, range(0, COUNT, 9))
+
+
+def test_a_store_that_is_gone_is_an_error_that_says_so(reader, local, store, monkeypatch):
+    waits = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    slow_store.SlowStore.clear_instance_cache()
+    monkeypatch.setattr(slow_store.SlowStore, "cat_file", lambda *a, **o: (_ for _ in ()).throw(TimeoutError("busy")))
+    with pytest.raises(RemoteError) as error:
+        reader.fetch(np.arange(3), 0)
+    name, url = local.names[0], reader.manifest.shard(0)
+    assert f"{name} cannot be read from {url} after 7 attempts: TimeoutError: busy" in str(error.value)
+    assert len(waits) == 6 and all(0.5 * w <= got <= 1.5 * w for w, got in zip((1e-3 * 2**k for k in range(6)), waits,
+                                                                            strict=True))
+    with pytest.raises(RemoteError, match=f"^{name}:k0: {name} cannot be read from"):
+        reader.record(0)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("no key")])
+def test_what_waiting_does_not_mend_is_not_asked_again(reader, store, error, monkeypatch):
+    calls = []
+
+    def fail(*args, **options):
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(slow_store.SlowStore, "cat_file", fail)
+    with pytest.raises(RemoteError, match=r"\(attempt 1\)"):
+        reader.image(0)
+    assert len(calls) == 1
+
+
+def test_missing_and_short_shards(reader, local):
+    path = local.path / local.names[1]
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=f"{local.names[1]}: {len(data)} bytes expected, {len(data) - 1} found"):
+        check_files(reader.manifest)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{local.names[1]} is missing"):
+        check_files(reader.manifest)
+    check_files(reader.manifest, remote=False)
+    with pytest.raises(ValueError, match="no shard set at slow:///nowhere"):
+        load_manifest("slow:///nowhere")
+
+
+def test_damage_in_the_cache_is_mended_and_damage_in_the_store_is_the_samples(reader, local, tmp_path):
+    reader.fetch(np.arange(20), 0)
+    (cached,) = (path for path in (tmp_path / "cache").glob("*/*-*") if path.parent.name != "sets")
+    data = bytearray(cached.read_bytes())
+    data[::100] = bytes(len(data[::100]))
+    cached.write_bytes(data)
+    assert equal(reader, local, range(20)) and not cached.exists()
+    reader.fetch(np.arange(20), 0)
+    cached.write_bytes(data[:1000])                           # cut short
+    assert equal(ShardReader(reader.manifest, reader.cache), local, range(20))
+    path = local.path / local.names[0]
+    whole = bytearray(path.read_bytes())
+    whole[700] ^= 1                                           # in the first member of the first sample
+    path.write_bytes(whole)
+    fresh = ShardReader(reader.manifest, str(tmp_path / "other"))
+    fresh.fetch(np.arange(20), 0)
+    with pytest.raises(BadSample, match="k0: jpg is damaged"):
+        fresh.image(0)
+    assert fresh.record(0) and equal(fresh, local, range(1, 20))
+
+
+def cache_files(cache: RangeCache) -> dict[str, int]:
+    return {path.name: int(path.stat().st_mtime) for path in cache.directory.glob("s/*")}
+
+
+def test_eviction_keeps_what_is_used_next(tmp_path):
+    cache = RangeCache(tmp_path, 1000)
+    load = lambda offset, size: bytes(size)  # noqa: E731
+    for step, start in ((1, 0), (9, 300), (8, 600)):
+        cache.put("s", start, start + 300, load, step)
+    assert cache_files(cache) == {"0-300": 1, "300-600": 9, "600-900": 8}
+    cache.put("s", 900, 1200, load, 8)                        # step 1 is over: it goes first
+    assert cache_files(cache) == {"300-600": 9, "600-900": 8, "900-1200": 8}
+    cache.put("s", 600, 900, load, 10)                        # needed again, later than the others
+    cache.put("s", 1200, 1500, load, 9)
+    assert set(cache_files(cache)) == {"300-600", "900-1200", "1200-1500"}
+    assert cache.read("s", 310, 50) == bytes(50) and cache.read("s", 0, 10) is None
+
+
+def test_a_cache_smaller_than_a_window_costs_requests_never_samples(reader, local, store, tmp_path):
+    small = ShardReader(reader.manifest, str(tmp_path / "small"), 1)
+    for step, start in enumerate((0, 100)):
+        small.fetch(np.arange(start, start + 100), step)
+    assert equal(small, local, range(0, COUNT, 5))
+    used = sum(path.stat().st_size for path in (tmp_path / "small").rglob("*-*") if path.is_file())
+    assert used <= 1.2 * 2**20
+
+
+def test_ranks_of_a_node_fetch_a_range_once(store, local, tmp_path):
+    """Three processes fetch and read the same samples; the store is asked for each range once."""
+    code = (
+        "import sys, numpy as np; from dsvlm.data.manifest import load_manifest; from dsvlm.data.reader import *\n"
+        "from benchmarks.slow_store import SlowStore\n"
+        "cache = sys.argv[2]; reader = ShardReader(load_manifest(sys.argv[1], cache), cache)\n"
+        "reader.fetch(np.arange(60), 0); reader.fetch(np.arange(120, 180), 1)\n"
+        "assert all(reader.record(i) and reader.image(i) for i in [*range(60), *range(120, 180)])\n"
+        "print(sum(p.endswith('.tar') for p in SlowStore.requests))"
+    )
+    environ = os.environ | slow_store.environment(tmp_path / "package", latency=0.05)
+    command = [sys.executable, "-c", code, f"slow://{local.path}", str(tmp_path / "cache")]
+    ranks = [subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
+    counts = [int(rank.communicate(timeout=60)[0]) for rank in ranks]
+    ranges = [path for path in (tmp_path / "cache").glob("*/*-*")]
+    assert all(rank.returncode == 0 for rank in ranks) and sum(counts) == len(ranges) and 2 <= len(ranges) <= 4
+
+
+def test_what_a_dead_writer_left_is_taken_over(tmp_path):
+    cache = RangeCache(tmp_path, 10_000)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/0-100.part").write_bytes(b"half")
+    (tmp_path / "s/500-600.part").write_bytes(b"half of another")
+    assert cache.read("s", 0, 10) is None                     # nobody writes it: no waiting
+    assert cache.put("s", 0, 100, lambda offset, size: b"x" * size, 0) == b"x" * 100
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["0-100"] and cache.read("s", 99, 1) == b"x"
+
+
+def test_a_full_disk_costs_speed_only(tmp_path, monkeypatch):
+    cache = RangeCache(tmp_path, 10_000)
+    monkeypatch.setattr(os, "ftruncate", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert cache.put("s", 0, 100, lambda offset, size: b"x" * size, 0) == b"x" * 100
+    assert cache.read("s", 0, 10) is None and list((tmp_path / "s").iterdir()) == []
+
+
+def test_foreign_tars_at_urls(store, local, tmp_path):
+    """Indexes are local, the tars remote: file://, memory:// and a store's own scheme alike."""
+    import fsspec
+
+    tar = (local.path / local.names[0]).read_bytes()
+    fsspec.filesystem("memory").pipe_file("/bucket/a.tar", tar)
+    (tmp_path / "b.tar").write_bytes(tar)
+    urls = ["memory://bucket/a.tar", f"file://{tmp_path}/b.tar", f"slow://{tmp_path}/b.tar"]
+    report = index_set(urls, "caption", tmp_path / "foreign")
+    manifest = load_manifest(tmp_path / "foreign")
+    assert manifest.names == tuple(urls) and report["samples"] == 3 * local.sizes[0]
+    check_files(manifest)
+    reader, truth = ShardReader(manifest, str(tmp_path / "cache")), ShardReader(local)
+    reader.fetch(np.arange(len(reader)), 0)
+    for i in range(len(reader)):
+        assert reader.image(i) == truth.image(i % local.sizes[0])
+    with pytest.raises(ValueError, match="no file memory://bucket/c.tar"):
+        index_set(["memory://bucket/c.tar"], "caption", tmp_path / "none")
+
+
+def test_servers_without_ranges_are_refused(monkeypatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/whole", b"x" * 100)
+    monkeypatch.setattr(type(memory), "cat_file", lambda self, path, start=None, end=None: b"x" * 100)
+    with pytest.raises(RemoteError, match="100 bytes instead of 10: the server does not support ranges"):
+        RemoteFile("memory://whole", 100).read(0, 10)
+
+
+def test_stores_are_shared_by_threads_and_not_by_processes():
+    stores = Stores()
+    systems = []
+    threads = [threading.Thread(target=lambda: systems.append(stores.connect("memory://x/y")[0])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert all(system is systems[0] for system in systems)
+    stores._process = -1
+    stores.connect("memory://x/y")
+    assert stores._process == os.getpid()
+
+
+def test_join():
+    assert join("s3://b/data/", "a/b") == "s3://b/data/a/b" and join("data", "a") == "data/a"
+    assert join("data", "s3://b/c") == "s3://b/c" and join("data", "/x") == "/x"
