@@ -51,7 +51,7 @@ class LoadedWindow:
     asked: list[Images | None] = field(default_factory=list, repr=False)
 
     def shape(self, unit: int) -> tuple[np.ndarray | None, int]:
-        return self.shapes[unit] if self.shapes else (None, 0)
+        return self.shapes[unit] if unit < len(self.shapes) else (None, 0)
 
     @property
     def drafts(self) -> list[Draft]:

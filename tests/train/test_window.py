@@ -8,7 +8,7 @@ import torch
 
 from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.train.build import make_loader, make_model, make_tokenizer, plan_run
-from dsvlm.train.window import target_weights
+from dsvlm.train.window import WindowSums, target_weights
 from tests.dist.recipes import tiny
 
 TASKS = {
@@ -66,3 +66,19 @@ def test_every_micro_step_gives_every_parameter_a_gradient(parts):
     window = dataclasses.replace(loader.window(0), units=[[]])
     grads = gradient(model, loader.batches(window, [1.0, 1.0]))
     assert all(not value.any() for value in grads.values())
+
+
+def test_positions_used_and_computed_are_summed_per_task(parts):
+    """Of images and text; padding, fillers and samples that do not teach are computed for nothing."""
+    model, loader = parts
+    window = loader.window(0)
+    window.units[1][0] = dataclasses.replace(window.units[1][0], reason="bad")
+    first, second = loader.batches(window, [0.1, 0.2])
+    lengths = [batch.lengths + model.vision.tokens for batch in (first, second)]
+    packed = dataclasses.replace(first, row=torch.tensor([0, 0, 1, 1, 1]), width=400)
+    sums = WindowSums(2, torch.device("cpu"))
+    for batch in (packed, second):
+        sums.add(batch, model(batch))
+    used, computed = sums.numpy()[4:]
+    assert used.tolist() == [lengths[0].sum(), lengths[1][1:].sum()]
+    np.testing.assert_allclose(computed, [2 * 400, 3 * lengths[1].max()])
