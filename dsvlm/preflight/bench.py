@@ -24,7 +24,7 @@ BUSY = 0.5  # load average on an otherwise idle machine
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured. readers: of each task; pairs: endless (task, sample), in random order; mean_bytes: a sample's."""
+    """What is measured. readers: of each task; pairs: endless (task, sample), random; mean_bytes: of a sample."""
 
     name: str
     readers: Sequence[ShardReader]

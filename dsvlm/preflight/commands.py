@@ -15,8 +15,9 @@ def add_preflight_parsers(commands) -> None:
 
 
 def _add_preview(parser: argparse.ArgumentParser) -> None:
-    _add_recipe(parser)
-    parser.add_argument("--steps", default="0:2", metavar="A:B", help="steps A to B - 1 (default 0:2)")
+    parser.add_argument("subject", metavar="RECIPE|DIR", help="recipe (name or .yaml), or directory of a shard set")
+    _add_set(parser)
+    parser.add_argument("--steps", metavar="A:B", help="steps A to B - 1 (default 0:2)")
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="shown of each task (default 6)")
     parser.add_argument("--out", type=Path, default=Path("preview.html"), help="page to write (default preview.html)")
     parser.add_argument("--tokenizer", metavar="DIR", help="another vocabulary than the recipe's")
@@ -26,15 +27,19 @@ def _add_preview(parser: argparse.ArgumentParser) -> None:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    from dsvlm.config import load_recipe
     from dsvlm.preflight.preview import preview
-    from dsvlm.train.build import plan_run
+    from dsvlm.preflight.shards import preview_shards
 
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples}: expected at least 1")
-    recipe = load_recipe(args.recipe, args.set)
-    steps = _steps(args.steps, recipe.schedule.steps)
-    report = preview(plan_run(recipe), steps, args.samples, args.out, args.tokenizer, _progress(args))
+    if Path(args.subject).is_dir():
+        if args.set or args.steps or args.tokenizer:
+            raise ValueError("--set, --steps and --tokenizer: a shard set has none of these; give a recipe")
+        report = preview_shards(args.subject, args.samples, args.out, _progress(args))
+    else:
+        planned = _planned(args.subject, args.set)
+        steps = _steps(args.steps or "0:2", planned.recipe.schedule.steps)
+        report = preview(planned, steps, args.samples, args.out, args.tokenizer, _progress(args))
     if args.json:
         print(json.dumps(report, sort_keys=True))
     else:
@@ -53,13 +58,11 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
 
 
 def _lengths(args: argparse.Namespace) -> int:
-    from dsvlm.config import load_recipe
     from dsvlm.preflight.lengths import lengths, render
-    from dsvlm.train.build import plan_run
 
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: expected at least 0")
-    rows = lengths(plan_run(load_recipe(args.recipe, args.set)), args.workers)
+    rows = lengths(_planned(args.recipe, args.set), args.workers)
     print(json.dumps(rows) if args.json else render(rows))
     return 0
 
@@ -87,11 +90,8 @@ def _bench(args: argparse.Namespace) -> int:
             raise ValueError("--workers and --set: a shard set has no loader of its own; give a recipe")
         report = bench_directory(args.subject, args.image_size or 224, args.seconds, _progress(args))
     else:
-        from dsvlm.config import load_recipe
-        from dsvlm.train.build import plan_run
-
-        planned = plan_run(load_recipe(args.subject, args.set))
         workers = _numbers("--workers", args.workers or "0,1,2")
+        planned = _planned(args.subject, args.set)
         report = bench_recipe(planned, args.image_size, workers, args.seconds, _progress(args))
     print(json.dumps(report, sort_keys=True) if args.json else render(report))
     return 1 if report["damaged"] else 0
@@ -113,18 +113,22 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from dsvlm.config import load_recipe
     from dsvlm.preflight.simulate import Cluster, Store, render, simulate
-    from dsvlm.train.build import plan_run
 
-    recipe = load_recipe(args.recipe, args.set)
-    cluster = Cluster(args.world_size, args.ranks_per_node, args.node)
-    cache = recipe.data.remote_cache_mb if args.cache_mb is None else args.cache_mb
+    cluster, planned = Cluster(args.world_size, args.ranks_per_node, args.node), _planned(args.recipe, args.set)
+    cache = planned.recipe.data.remote_cache_mb if args.cache_mb is None else args.cache_mb
     store = Store(args.latency_ms, args.mb_per_s, cache, args.step_seconds)
-    steps = _steps(args.steps, recipe.schedule.steps)
-    report = simulate(plan_run(recipe), cluster, store, steps, _progress(args))
+    steps = _steps(args.steps, planned.recipe.schedule.steps)
+    report = simulate(planned, cluster, store, steps, _progress(args))
     print(json.dumps(report, sort_keys=True) if args.json else render(report))
     return 1 if report["findings"] else 0
+
+
+def _planned(recipe: str, overrides: list[str]):
+    from dsvlm.config import load_recipe
+    from dsvlm.train.build import plan_run
+
+    return plan_run(load_recipe(recipe, overrides))
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,23 @@
-"""`dsvlm data lengths`: the side files that a recipe's windows are cut by, made before the first start."""
+"""`dsvlm data lengths`: the side files that a recipe's windows are cut by, made before the first start; and what they
+say about padding."""
+
+from functools import partial
+from pathlib import Path
 
 from dsvlm.data.lengths import Lengths
 from dsvlm.preflight.inputs import open_codec
+from dsvlm.schedule.lengths import token_shares
+from dsvlm.schedule.plan import Window
+from dsvlm.schedule.strategy import deal
 from dsvlm.train.build import Planned
-from dsvlm.train.lengths import bucket_edges, find_lengths, image_tokens, make_lengths
+from dsvlm.train.lengths import (
+    bucket_edges,
+    find_lengths,
+    image_tokens,
+    make_dealer,
+    make_lengths,
+    window_positions,
+)
 
 
 def lengths(planned: Planned, workers: int) -> list[dict]:
@@ -37,3 +51,34 @@ def render(rows: list[dict]) -> str:
         f"rows of {row['mean']:.1f} positions at the mean, {row['longest']} at most"
         for row in rows
     )
+
+
+class Cut:
+    """How a recipe's windows are dealt to ranks, and what is known of padding, without reading a sample.
+
+    deal: window -> rounds, as in training; lengths: window -> positions of its samples; None: no side files yet.
+    """
+
+    def __init__(self, planned: Planned, world_size: int):
+        train, self.lengths = planned.recipe.train, None
+        self.deal = partial(deal, schedule=planned.schedule, world_size=world_size, micro_batch=train.micro_batch)
+        found = any_lengths(planned) and find_lengths(planned, open_codec(planned)[0])
+        if not found or None in found.values():
+            return
+        if train.micro_tokens:
+            self.deal = make_dealer(planned, found, world_size)
+        tables, tokens = tuple(found.values()), image_tokens(planned.recipe)
+        self.lengths = partial(window_positions, planned.plan, lengths=tables, image_tokens=tokens)
+
+    def shares(self, window: Window, rounds) -> dict[str, float]:
+        """useful_tokens: of the tokens computed; waiting: of the time that ranks could compute; nothing if unknown."""
+        if self.lengths is None:
+            return {}
+        useful, padded, waited = token_shares(rounds, self.lengths(window))
+        return {"useful_tokens": useful / padded, "waiting": 1 - padded / waited}
+
+
+def any_lengths(planned: Planned) -> bool:
+    """Whether a set of shards has side files, be they of another vocabulary: only then is it worth its training."""
+    places = [Path(planned.recipe.run_dir), *(Path(manifest.path) for manifest in planned.manifests.values())]
+    return any(next(place.glob("lengths-*.npy"), None) for place in places)
