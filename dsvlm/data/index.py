@@ -38,7 +38,7 @@ def is_image(extension: str) -> bool:
 
 def has_images(manifest: Manifest) -> bool:
     """Whether samples of the set have images."""
-    return bool((manifest.mapping or {}).get("image")) or any(map(is_image, manifest.members))
+    return manifest.image is not None or any(map(is_image, manifest.members))
 
 
 def image_size(data: bytes) -> tuple[int, int]:

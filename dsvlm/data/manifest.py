@@ -53,6 +53,17 @@ class Manifest:
         """How shards of another tool become records (`fields`, `image`); None for our own."""
         return self.preprocessing.get(INDEXED)
 
+    @property
+    def is_parquet(self) -> bool:
+        """Whether the shards are parquet files; those of one set are of one kind."""
+        return any(name.endswith(".parquet") for name in self.names)
+
+    @property
+    def image(self) -> str | None:
+        """The member that is a sample's image, where that is stated; else it is the first that is one."""
+        named = (self.mapping or {}).get("image")
+        return "image" if named and self.is_parquet else named
+
 
 def is_url(name: str) -> bool:
     """Whether a shard is read through fsspec."""
@@ -165,7 +176,8 @@ def _check_names(manifest: Manifest) -> None:
         parts = name.split("/")
         away = is_url(name) or name.startswith("/") or ".." in parts
         runs = "::" in name or name.startswith("pipe:")
-        if not name or runs or "\0" in name or (away and manifest.mapping is None):
+        ours = manifest.mapping is None
+        if not name or runs or "\0" in name or (ours and (away or manifest.is_parquet)):
             raise ValueError(f"{manifest.path / SHARDS}: shard name {name!r} leaves the directory: only sets that "
                              f"`dsvlm data index --out` made may name files elsewhere, and none may name programs")
 

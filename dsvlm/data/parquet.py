@@ -132,7 +132,7 @@ def index_parquet(name: str, file, mapping: dict, progress=iter) -> pa.Table:
     """
     parquet = ParquetFile(name, file, mapping, RowGroups())
     rows: list[Row] = []
-    reason = "it holds no row"
+    reason = ""
     for row in progress(range(parquet.rows)):
         members = {}
         for kind in ("image", "json") if mapping["image"] else ("json",):
@@ -140,10 +140,10 @@ def index_parquet(name: str, file, mapping: dict, progress=iter) -> pa.Table:
                 if data := parquet.read(row, kind):
                     members[kind] = (row + 1, data)
             except ValueError as error:
-                reason = str(error)
+                reason = reason or str(error)
         rows.append(index_row(f"{row:08d}", members, "image"))
     if not any("json" in row.members for row in rows):
-        raise ValueError(f"{name}: no row fits: {reason}")
+        raise ValueError(f"{name}: no row fits: {reason or 'it holds none'}")
     return index_table(rows)
 
 

@@ -146,7 +146,7 @@ class _Shared:
 
             self.cache = RangeCache(cache_directory(cache), cache_mb * 2**20)
         self.groups = None
-        if any(name.endswith(".parquet") for name in manifest.names):
+        if manifest.is_parquet:
             from dsvlm.data.parquet import RowGroups
 
             self.groups = RowGroups()
@@ -161,7 +161,7 @@ class _Shard:
         path = manifest.shard(number)
         self.is_remote = is_url(path)
         _check_index(shared, number)
-        self.index = ShardIndex(manifest.index(number), (self.mapping or {}).get("image"))
+        self.index = ShardIndex(manifest.index(number), manifest.image)
         try:
             self.file = _cached(shared, number) if self.is_remote else LocalFile(path)
         except OSError as error:

@@ -44,7 +44,7 @@ def verify(directory, decode: bool = False, progress=None) -> dict:
             missing = not is_url(manifest.shard(number)) or "no file" in str(error)
             problems.append(f"shard {name} is missing" if missing else f"shard {name}: {error}")
         if not problems:
-            index = ShardIndex(manifest.index(number), (manifest.mapping or {}).get("image"))
+            index = ShardIndex(manifest.index(number), manifest.image)
             damaged = _check_samples(manifest, number, index, decode)
             found = _check_contents(manifest, number, stream, index, damaged)
             problems += _check_shard(manifest, number, stream) + found
@@ -102,14 +102,14 @@ def _check_samples(manifest: Manifest, number: int, index: ShardIndex, decode: b
 
 def _check_contents(manifest: Manifest, number: int, stream: Stream, index: ShardIndex, damaged: dict) -> list[str]:
     """Scan the shard as a stranger would; rows that differ from the index join `damaged`."""
-    name, mapping = manifest.names[number], manifest.mapping or {}
+    name = manifest.names[number]
     try:
-        if name.endswith(".parquet"):
+        if manifest.is_parquet:
             from dsvlm.data.parquet import index_parquet
 
-            table = index_parquet(name, open_file(manifest.shard(number)), mapping)
+            table = index_parquet(name, open_file(manifest.shard(number)), manifest.mapping)
         else:
-            table = scan_tar(manifest.shard(number), stream, mapping.get("image"))
+            table = scan_tar(manifest.shard(number), stream, manifest.image)
     except ValueError as error:
         return [str(error)]
     if table.num_rows != index.samples:

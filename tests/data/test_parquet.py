@@ -1,0 +1,160 @@
+"""Parquet files with image bytes, read where they lie: every row, by row group, with damage and mistakes named."""
+
+import io
+import json
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from benchmarks import slow_store
+from dsvlm.data.adopt import index_set
+from dsvlm.data.index import ShardIndex, has_images
+from dsvlm.data.manifest import check_files, load_manifest
+from dsvlm.data.parquet import RowGroups
+from dsvlm.data.reader import BadSample, ShardReader
+from dsvlm.data.verify import describe, verify
+
+FIELDS = ["question=query", "answer=label:0"]
+
+
+def png(number: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (6, 4), (number, 0, 0)).save(data, "PNG")
+    return data.getvalue()
+
+
+def rows(start: int, count: int) -> list[dict]:
+    """As Hugging Face writes them: {bytes, path}, strings and lists of strings."""
+    return [{"image": {"bytes": png(i), "path": f"{i}.png"}, "query": f"what is {i}?", "label": [f"it is {i}", "no"],
+             "other": i} for i in range(start, start + count)]
+
+
+def write(path, table, group=4):
+    pq.write_table(pa.Table.from_pylist(table) if isinstance(table, list) else table, path, row_group_size=group)
+    return path
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    paths = [write(tmp_path / "a.parquet", rows(0, 10)), write(tmp_path / "b.parquet", rows(10, 5))]
+    index_set(paths, "vqa", tmp_path / "set", FIELDS)
+    return load_manifest(tmp_path / "set")
+
+
+def test_rows_are_samples(manifest, tmp_path):
+    check_files(manifest)
+    assert manifest.names == ("../a.parquet", "../b.parquet") and manifest.sizes == (10, 5) and has_images(manifest)
+    assert manifest.mapping["fields"] == {"question": "query", "answer": "label:0"}
+    reader = ShardReader(manifest)
+    for i in random.Random(0).sample(range(15), 15):
+        assert reader.record(i) == {"question": f"what is {i}?", "answer": f"it is {i}"}
+        assert reader.image(i) == png(i)
+    assert reader.read_many(np.array([14, 0, 9]), "image") == [png(14), png(0), png(9)]
+    assert reader.where(11) == "../b.parquet:00000001" and len({reader.crc(i) for i in range(15)}) == 15
+    index = ShardIndex(manifest.index(0))
+    assert index.member(3, "image")[:2] == (4, len(png(3))) and index.column("width")[3] == 6
+    report = verify(manifest.path, decode=True)
+    assert not report["problems"] and not report["damaged"]
+    assert describe(manifest.path)["first"] == {"question": "what is 0?", "answer": "it is 0"}
+
+
+def test_the_default_fields_are_columns_and_images_may_be_plain_bytes_or_lists(tmp_path):
+    plain = [{"image": png(i), "caption": f"c{i}"} for i in range(3)]
+    index_set([write(tmp_path / "x.parquet", plain)], "caption", tmp_path / "plain")
+    listed = [{"images": [{"bytes": png(i + j), "path": None} for j in range(i)], "texts": [{"user": f"c{i}"}]}
+              for i in range(3)]
+    index_set([write(tmp_path / "y.parquet", listed)], "caption", tmp_path / "listed", ["caption=texts:0.user"],
+              "images:0")
+    for name, first in (("plain", png(0)), ("listed", None)):
+        reader = ShardReader(load_manifest(tmp_path / name))
+        assert [reader.record(i)["caption"] for i in range(3)] == ["c0", "c1", "c2"]
+        assert reader.image(0) == first and reader.image(2) == png(2)
+
+
+def test_a_row_that_does_not_fit_is_masked(tmp_path):
+    table = pa.table({"image": [png(0), b"no image", None], "caption": ["fine", None, "fine too"]})
+    index_set([write(tmp_path / "x.parquet", table)], "caption", tmp_path / "set")
+    reader = ShardReader(load_manifest(tmp_path / "set"))
+    assert reader.record(0) and reader.record(2) and reader.image(2) is None and reader.image(1) == b"no image"
+    with pytest.raises(BadSample, match="no member 'json'"):
+        reader.record(1)
+    assert [d["key"] for d in verify(tmp_path / "set")["damaged"]] == ["00000001"]
+
+
+def test_row_groups_are_kept_up_to_a_limit(manifest):
+    reader = ShardReader(manifest)
+    groups = reader._shard(0).parquet.groups
+    groups.limit = 1
+    loads = []
+    original = RowGroups.get
+    groups.get = lambda key, load: original(groups, key, lambda: loads.append(key) or load())
+    for i in (0, 1, 2, 3, 5, 4):                              # two row groups, in turn
+        reader.image(i)
+    assert len(loads) == 2 and len(groups.columns) == 1
+
+
+def test_remote_parquet(manifest, tmp_path):
+    store = slow_store.register(latency=0.0)
+    urls = [f"slow://{tmp_path}/{name}.parquet" for name in "ab"]
+    index_set(urls, "vqa", tmp_path / "remote", FIELDS)
+    reader, truth = ShardReader(load_manifest(tmp_path / "remote"), str(tmp_path / "cache")), ShardReader(manifest)
+    reader.key(0), reader.key(14)
+    store.requests.clear()
+    reader.fetch(np.arange(15), 0)
+    asked = len(store.requests)
+    assert asked <= 6                                         # footers, and each file's columns as one range
+    for i in range(15):
+        assert reader.record(i) == truth.record(i) and reader.image(i) == truth.image(i)
+    assert len(store.requests) == asked
+    assert verify(tmp_path / "remote")["problems"] == []
+
+
+def test_damage_touches_its_row_group_only(manifest):
+    """Flipped bytes in a file of several row groups: rows are right or masked, those of other groups stay right."""
+    path = manifest.path / manifest.names[0]
+    whole, truth = path.read_bytes(), [ShardReader(manifest).image(i) for i in range(10)]
+    metadata = pq.ParquetFile(path).metadata
+    start = metadata.row_group(1).column(0).dictionary_page_offset or metadata.row_group(1).column(0).data_page_offset
+    rng, found = random.Random(0), set()
+    for _ in range(40):
+        data = bytearray(whole)
+        data[start + rng.randrange(metadata.row_group(1).total_byte_size // 2)] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        reader = ShardReader(manifest)
+        for i in range(10):
+            try:
+                assert reader.image(i) == truth[i]
+            except BadSample:
+                found.add(i)
+    assert found and found <= {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("change, options, message", [
+    (None, {"fields": ["question=title"]}, "no sample has 'title'; there are image, label, other, query"),
+    (None, {"fields": ["question=other", "answer=query"]}, "no row fits: question .other. is 0, not text"),
+    (None, {"fields": FIELDS, "image": "picture"}, "has no column 'picture'"),
+    (b"no parquet", {"fields": FIELDS}, "x.parquet is not a parquet file"),
+])
+def test_mistakes_are_named(tmp_path, change, options, message):
+    path = write(tmp_path / "x.parquet", rows(0, 3))
+    if change is not None:
+        path.write_bytes(change)
+    with pytest.raises(ValueError, match=message):
+        index_set([path], "vqa", tmp_path / "set", **options)
+
+
+def test_huge_row_groups_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsvlm.data.parquet.LARGEST", 1000)
+    path = write(tmp_path / "x.parquet", rows(0, 40), group=40)
+    with pytest.raises(ValueError, match="row group 0 holds .* write it with smaller row groups"):
+        index_set([path], "vqa", tmp_path / "set", FIELDS)
+
+
+def test_the_index_is_the_same_each_time(tmp_path, manifest):
+    again = index_set([tmp_path / "a.parquet", tmp_path / "b.parquet"], "vqa", tmp_path / "again", FIELDS)
+    assert again["hash"] == manifest.hash
+    assert json.loads((tmp_path / "again/manifest.json").read_text())["members"] == ["image", "json"]
