@@ -16,6 +16,7 @@ from dsvlm.schedule.plan import Plan, Schedule, Window
 from dsvlm.train.build import Planned, make_sources, task_types
 
 EDGE_MULTIPLE = 8  # positions: what matrix units of GPUs are fed with
+SHORT = 256  # positions: where no row is longer, rounding would cost more than it gains
 EDGE_CANDIDATES = 1024  # more than these, and edges are multiples of 16, 24 and so on
 
 
@@ -165,6 +166,9 @@ def make_dealer(
 
 
 def bucket_edges(histogram: np.ndarray, buckets: int) -> np.ndarray:
+    """Row lengths with the least padding for samples of so many positions each, [longest + 1] int64."""
+    if len(histogram) <= SHORT:
+        return optimal_edges(histogram, buckets, 1)
     coarse = -(-len(histogram) // (EDGE_MULTIPLE * EDGE_CANDIDATES))
     return optimal_edges(histogram, buckets, EDGE_MULTIPLE * coarse)
 

@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 
 from dsvlm.cli import run
+from dsvlm.config import load_recipe
 from dsvlm.data.convert.scenes import make_scenes
-from dsvlm.train.build import make_tokenizer, plan_run
-from dsvlm.train.lengths import open_lengths
+from dsvlm.preflight.lengths import Cut, lengths
+from dsvlm.train.build import make_loader, make_tokenizer, plan_run
+from dsvlm.train.lengths import image_tokens, open_lengths
 from tests.dist.recipes import RAW, tiny
 
 
@@ -28,12 +31,10 @@ def test_command(recipe, tmp_path, capsys):
     assert [row["task"] for row in first] == ["question", "locate"]
     for row in first:
         assert row["made"] and row["samples"] == 12 and row["file"].startswith(str(tmp_path / "train" / row["task"]))
-        assert 5 < row["mean"] <= row["longest"] <= row["edges"][-1] < row["longest"] + 8
+        assert 5 < row["mean"] <= row["longest"] == row["edges"][-1]
     assert run(["data", "lengths", str(recipe)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all("(found), 12 samples" in line for line in lines)
-    from dsvlm.config import load_recipe
-
     planned = plan_run(load_recipe(recipe, ["train.micro_tokens=128"]))
     found = open_lengths(planned, make_tokenizer(planned))
     assert [str(table.path) for table in found.values()] == [row["file"] for row in first]
@@ -43,3 +44,29 @@ def test_command(recipe, tmp_path, capsys):
 def test_workers(recipe, capsys):
     assert run(["data", "lengths", str(recipe), "--workers", "-1"]) == 2
     assert "--workers -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_shares(recipe, pack):
+    """What the plan says of padding is what the batches of all ranks have."""
+    overrides = ["train.micro_tokens=128", *(f"tasks.{name}.pack={pack}" for name in ("question", "locate"))]
+    planned = plan_run(load_recipe(recipe, overrides))
+    window = planned.plan.window(0)
+    cut = Cut(planned, 2)
+    assert cut.shares(window, cut.deal(window)) == {}
+    lengths(planned, 0)
+    cut = Cut(planned, 2)
+    shares = cut.shares(window, cut.deal(window))
+    loaders = [make_loader(planned, make_tokenizer(planned), 40, rank, 2) for rank in (0, 1)]
+    tokens = image_tokens(planned.recipe)
+    useful, padded = 0, []
+    for loader in loaders:
+        batches = list(loader.batches(loader.window(0), [1.0, 1.0]))
+        useful += sum(tokens * int((batch.image_row >= 0).sum()) + int(batch.lengths.sum()) for batch in batches)
+        padded.append([batch.width * (1 if pack else len(batch.lengths)) for batch in batches])
+    padded = np.array(padded)
+    assert shares["useful_tokens"] == pytest.approx(useful / padded.sum())
+    assert shares["waiting"] == pytest.approx(1 - padded.sum() / (2 * padded.max(axis=0).sum()))
+    plain = plan_run(load_recipe(recipe))
+    cut = Cut(plain, 2)
+    assert 0 < cut.shares(window, cut.deal(window))["useful_tokens"] < shares["useful_tokens"]
