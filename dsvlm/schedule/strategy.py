@@ -42,10 +42,10 @@ class Cut:
         """First unit of every block, then the number of units; [blocks + 1] int64."""
         return np.append(0, np.cumsum(self.pieces))
 
-    def blocks(self, first: int, last: int) -> range:
+    def blocks(self, first: int, last: int) -> slice:
         """Return the blocks that units first..last belong to, without those past the end."""
         last = min(last, int(self.edges[-1]) - 1)
-        return range(*(np.searchsorted(self.edges, [first, last], side="right") + [-1, 0]).tolist())
+        return slice(*(np.searchsorted(self.edges, [first, last], side="right") + [-1, 0]).tolist())
 
     def piece(self, block: int, number: int) -> tuple[int, int]:
         """Return the (start, stop) of one piece of a block."""
@@ -97,22 +97,21 @@ class Round:
     @property
     def largest(self) -> int:
         """Samples of the largest unit."""
-        return max(self.cut.piece(block, low)[1] - self.cut.piece(block, low)[0] for block, low, _ in self._runs())
+        blocks, low, _ = self._runs()
+        size, larger = np.divmod(self.cut.counts[blocks], self.cut.pieces[blocks])
+        return int((size + (low < larger)).max())
 
     @property
     def units(self) -> int:
         """Units that hold samples; the remaining `world_size - units` are fillers, on the last ranks."""
-        return sum(max(0, min(high, int(self.cut.counts[block])) - low) for block, low, high in self._runs())
+        blocks, low, high = self._runs()
+        return int(np.maximum(0, np.minimum(high, self.cut.counts[blocks]) - low).sum())
 
-    def _runs(self) -> list[tuple[int, int, int]]:
-        """List (block, first piece, last piece + 1) of the round."""
-        runs = []
-        for block in self.cut.blocks(self.first, self.first + self.world_size - 1):
-            edge = int(self.cut.edges[block])
-            low = max(0, self.first - edge)
-            high = min(int(self.cut.pieces[block]), self.first + self.world_size - edge)
-            runs.append((block, low, high))
-        return runs
+    def _runs(self) -> tuple[slice, np.ndarray, np.ndarray]:
+        """Return the blocks of the round, and of each the first piece and the last piece + 1."""
+        blocks = self.cut.blocks(self.first, self.first + self.world_size - 1)
+        edges, pieces = self.cut.edges[blocks], self.cut.pieces[blocks]
+        return blocks, np.maximum(0, self.first - edges), np.minimum(pieces, self.first + self.world_size - edges)
 
 
 def deal(window: Window, schedule: Schedule, world_size: int, micro_batch: int) -> tuple[Round, ...]:
