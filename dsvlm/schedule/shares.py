@@ -11,7 +11,6 @@ from fractions import Fraction
 from dsvlm.schedule.mixture import Phase
 
 LONGEST_CYCLE = 65_536  # slots; a whole cycle is drawn at once
-_DIGITS = decimal.Context(prec=40)
 
 Curve = Sequence[tuple[int, Fraction]]  # (step, value), ascending; linear in between, constant outside
 
@@ -43,8 +42,9 @@ def power(size: int, alpha: Fraction) -> Fraction:
     """size^alpha (0 <= alpha <= 1) to 40 digits; exact for 0 and 1."""
     if alpha in (0, 1):
         return Fraction(size) ** int(alpha)
-    exponent = _DIGITS.divide(decimal.Decimal(alpha.numerator), decimal.Decimal(alpha.denominator))
-    return Fraction(_DIGITS.exp(_DIGITS.multiply(exponent, _DIGITS.ln(decimal.Decimal(size)))))
+    digits = decimal.Context(prec=40)
+    exponent = digits.divide(decimal.Decimal(alpha.numerator), decimal.Decimal(alpha.denominator))
+    return Fraction(digits.exp(digits.multiply(exponent, digits.ln(decimal.Decimal(size)))))
 
 
 def annealed_alpha(alpha: float, part: int, parts: int) -> Fraction:

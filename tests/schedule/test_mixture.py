@@ -8,9 +8,11 @@ from hypothesis import Phase as HypothesisPhase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsvlm.schedule.controller import StopAndGo
 from dsvlm.schedule.digest import digest, identity_bytes
 from dsvlm.schedule.mixture import Mixture, Phase
 from dsvlm.schedule.plan import STRATEGIES, Plan, Schedule, Stream
+from dsvlm.schedule.strategy import deal
 
 steady = settings(derandomize=True, deadline=None, database=None, phases=[HypothesisPhase.generate], max_examples=60)
 
@@ -131,6 +133,25 @@ def test_a_later_phase_changes_nothing_before_it(schedules, data):
         assert new.window(step).table.tobytes() == old.window(step).table.tobytes()
         assert new.window(step).order_key == old.window(step).order_key
     assert np.array_equal(new.cursors(start), old.cursors(start))
+
+
+@steady
+@given(st.data())
+def test_every_world_size_runs_the_same_samples(schedules, live, data):
+    """In windows from which a phase or a controller leaves tasks out, too (invariant 1)."""
+    schedule = data.draw(phased(schedules))
+    plan = Plan(schedule)
+    if not schedule.cyclic:
+        plan = Plan(schedule, StopAndGo(every=1, patience=0, gap=3))
+        for step in range(data.draw(st.integers(0, 10))):
+            losses = 1 + np.arange(len(schedule.streams)) * 0.9**step
+            plan.control.observe(step, losses, np.ones_like(losses))
+    step = plan.control.state.start if plan.control else data.draw(st.integers(0, 30))
+    window = plan.window(step)
+    alone = live(plan, window, deal(window, schedule, 1, len(window)))
+    assert len(alone) == len(window)
+    for world_size in data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)):
+        assert live(plan, window, deal(window, schedule, world_size, data.draw(st.integers(1, 9)))) == alone
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
