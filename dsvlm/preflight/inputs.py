@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from dsvlm.config import Recipe
-from dsvlm.data.lengths import Lengths
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.train.build import Planned, make_tokenizer
-from dsvlm.train.lengths import find_lengths, image_tokens, vision_settings
+from dsvlm.train.lengths import image_tokens, vision_settings
 from dsvlm.train.rundir import check_same_run
 
 
@@ -39,14 +38,6 @@ def known_tokenizer(planned: Planned) -> str | None:
         return planned.recipe.text.tokenizer
     own = planned.recipe.run_dir / "tokenizer"
     return str(own) if own.is_dir() and is_same_run(planned) else None
-
-
-def known_lengths(planned: Planned) -> tuple[TextCodec | None, list[Lengths] | None]:
-    """(vocabulary, lengths of each task), without reading a sample; None for what is not made yet."""
-    place = known_tokenizer(planned)
-    codec = None if place is None else load_tokenizer(place, planned.recipe.text.bins)
-    found = [] if codec is None else list(find_lengths(planned, codec).values())
-    return codec, found if found and None not in found else None
 
 
 def is_same_run(planned: Planned) -> bool:

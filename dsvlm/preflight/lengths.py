@@ -56,19 +56,20 @@ def render(rows: list[dict]) -> str:
 class Cut:
     """How a recipe's windows are dealt to ranks, and what is known of padding, without reading a sample.
 
-    deal: window -> rounds, as in training; lengths: window -> positions of its samples; None: no side files yet.
+    deal: window -> rounds, as in training; lengths: window -> positions of its samples, tables: of each task; both
+    None: no side files yet.
     """
 
     def __init__(self, planned: Planned, world_size: int):
-        train, self.lengths = planned.recipe.train, None
+        train, self.lengths, self.tables = planned.recipe.train, None, None
         self.deal = partial(deal, schedule=planned.schedule, world_size=world_size, micro_batch=train.micro_batch)
         found = any_lengths(planned) and find_lengths(planned, open_codec(planned)[0])
         if not found or None in found.values():
             return
         if train.micro_tokens:
             self.deal = make_dealer(planned, found, world_size)
-        tables, tokens = tuple(found.values()), image_tokens(planned.recipe)
-        self.lengths = partial(window_positions, planned.plan, lengths=tables, image_tokens=tokens)
+        self.tables, tokens = tuple(found.values()), image_tokens(planned.recipe)
+        self.lengths = partial(window_positions, planned.plan, lengths=self.tables, image_tokens=tokens)
 
     def shares(self, window: Window, rounds) -> dict[str, float]:
         """useful_tokens: of the tokens computed; waiting: of the time that ranks could compute; nothing if unknown."""

@@ -1,7 +1,7 @@
 """`dsvlm data simulate`: what a run of many ranks will ask of its store, known without a GPU and without its data."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +9,11 @@ import numpy as np
 from dsvlm.data.lengths import Lengths
 from dsvlm.data.remote import CONCURRENT
 from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use
-from dsvlm.preflight.inputs import known_lengths
+from dsvlm.preflight.lengths import Cut
 from dsvlm.preflight.node import NodeReads, node_reads
 from dsvlm.preflight.table import table
 from dsvlm.schedule.strategy import idle_share
-from dsvlm.train.build import Planned, make_deal
+from dsvlm.train.build import Planned
 from dsvlm.train.lengths import image_tokens
 
 IDLE = 0.1  # share of places without a sample that is worth a word
@@ -76,15 +76,9 @@ def simulate(planned: Planned, cluster: Cluster, store: Store, steps: range, pro
 
     progress: callable(iterable, desc=, unit=) -> iterable. "findings": a sentence for each thing to change.
     """
-    codec, lengths = known_lengths(planned)
-    if planned.recipe.train.micro_tokens and codec is None:
-        raise ValueError(
-            "train.micro_tokens: windows are cut by lengths, which belong to a vocabulary, and the run has not trained "
-            "its own yet: make both with dsvlm data lengths, or set train.micro_tokens=0 here"
-        )
+    cut = Cut(planned, cluster.world_size)
     waste: list[dict] = []
-    deal = make_deal(planned, codec, cluster.world_size)
-    dealt = deal_steps(planned, deal, cluster, progress(steps, desc="simulate", unit="step"), waste)
+    dealt = deal_steps(planned, cut.deal, cluster, progress(steps, desc="simulate", unit="step"), waste)
     reads = node_reads(planned.plan, planned.manifests.values(), dealt, cluster.ranks, steps)
     cache, missed = through_cache(reads, store)
     requests, size = reads.requests(missed)
@@ -94,7 +88,7 @@ def simulate(planned: Planned, cluster: Cluster, store: Store, steps: range, pro
         "steps": [steps.start, steps.stop],
         "tasks": tasks_of(planned),
         "execution": {key: mean([row[key] for row in waste]) for key in waste[0]}
-        | {"useful_share": useful_share(planned, reads, lengths)},
+        | {"useful_share": useful_share(planned, reads, cut.tables)},
         "reads": {
             "samples": summary(reads.per_step(reads.step)),
             "bytes": summary(reads.per_step(reads.step, reads.bytes)),
@@ -103,7 +97,7 @@ def simulate(planned: Planned, cluster: Cluster, store: Store, steps: range, pro
         "cache": cache,
         "store": demand(store, cluster, requests, size),
     }  # fmt: skip
-    return report | {"findings": findings(report)}
+    return report | {"findings": findings(report, bool(planned.recipe.train.micro_tokens))}
 
 
 def deal_steps(planned: Planned, deal: Callable, cluster: Cluster, steps, waste: list[dict]) -> Iterator[tuple]:
@@ -130,7 +124,7 @@ def tasks_of(planned: Planned) -> dict:
     }  # fmt: skip
 
 
-def useful_share(planned: Planned, reads: NodeReads, lengths: list[Lengths] | None) -> float | None:
+def useful_share(planned: Planned, reads: NodeReads, lengths: Sequence[Lengths] | None) -> float | None:
     """Of the positions that the node computes, the share that is not padding; None when lengths are not known."""
     if lengths is None:
         return None
@@ -178,9 +172,11 @@ def demand(store: Store, cluster: Cluster, requests: np.ndarray, size: np.ndarra
     return found
 
 
-def findings(report: dict) -> list[str]:
-    """What a user should change, or know, before the run."""
+def findings(report: dict, by_length: bool) -> list[str]:
+    """What a user should change, or know, before the run. by_length: whether its windows are cut by length."""
     found, store, idle = [], report["store"], report["execution"]["idle_share"]
+    if by_length and report["execution"]["useful_share"] is None:
+        found.append("train.micro_tokens is set, but lengths are not known: see dsvlm data lengths; cut by samples here")
     if not store.get("keeps_up", True):
         found.append(
             f"the store does not keep up: the busiest step needs {store['streams_needed']} requests at a time on a "
