@@ -52,6 +52,7 @@ class Workers:
         self.number = 0
         self.restarts = 0
         self.deaths: Counter = Counter()  # by kind of job, task and sample
+        self.deadly: dict[tuple[str, int, int], str] = {}  # those that are not touched any more, and why
         self.events: list[dict] = []
         self.start()
 
@@ -74,8 +75,8 @@ class Workers:
             sight = (len(self.jobs), self.words.tobytes())
             if sight != seen:
                 seen, since = sight, time.monotonic()
-            starting = bool((self.words == STARTING).any())
-            if time.monotonic() - since > (max(PATIENCE, self.timeout) if starting else self.timeout):
+            patience = max(PATIENCE, self.timeout) if (self.words == STARTING).all() else self.timeout
+            if time.monotonic() - since > patience:
                 self.replace_hung()
         return job.result()
 
@@ -105,6 +106,7 @@ class Workers:
         self.selector = selectors.DefaultSelector()
         self.queue, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.queue.setblocking(False)
+        self.answers: list[socket.socket] = []
         self.processes = [self.spawn(index, theirs) for index in range(self.count)]
         theirs.close()
         self.unsent = deque(self.jobs)
@@ -121,6 +123,7 @@ class Workers:
         )  # fmt: skip
         theirs.close()
         mine.setblocking(False)
+        self.answers.append(mine)
         self.selector.register(mine, selectors.EVENT_READ, (index, bytearray()))
         return process
 
@@ -129,9 +132,9 @@ class Workers:
             process.kill()  # also one that is stopped
         for process in self.processes:
             process.wait()
-        self.processes = []
-        for key in list(self.selector.get_map().values()):
-            key.fileobj.close()
+        for answers in self.answers:
+            answers.close()
+        self.processes, self.answers = [], []
         self.selector.close()
         self.queue.close()
 
@@ -161,8 +164,10 @@ class Workers:
         while self.unsent:
             number = self.unsent[0]
             job = self.jobs[number]
+            known = [(place, self.deadly.get((job.kind, *item))) for place, item in enumerate(job.items)]
+            skip = {place: reason for place, reason in known if reason}
             try:
-                self.queue.send(pickle.dumps((number, job.kind, job.items, job.step, job.starts, job.skip)))
+                self.queue.send(pickle.dumps((number, job.kind, job.items, job.step, job.starts, skip)))
             except OSError:  # full, so they have enough to do; or nobody is left, which `receive` will see
                 return
             self.unsent.popleft()
@@ -199,7 +204,7 @@ class Workers:
         task, sample = job.items[place]
         self.deaths[job.kind, task, sample] += 1
         if self.deaths[job.kind, task, sample] >= DEATHS:
-            job.skip[place] = f"reading it ends workers: {cause}"
+            self.deadly[job.kind, task, sample] = f"reading it ends workers: {cause}"
         return self.reading.where(task, sample)
 
 
