@@ -143,6 +143,11 @@ def test_packing(schedules, data):
             assert unit.rows is None
     useful, padded, _ = token_shares(rounds, lengths)
     assert useful == lengths.sum() and padded == sum(unit.width for unit in units)
+    # No block has a round too many.
+    for one in {part.task for part in rounds}:
+        block = lengths if one is None else lengths[window.task == one]
+        rows = (sum(part.task == one for part in rounds) - 1) * world_size
+        assert block.sum() > rows * micro_tokens or balanced_rows(block, rows)[1].max() > micro_tokens
 
 
 @steady
