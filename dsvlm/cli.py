@@ -67,14 +67,15 @@ def train(args: argparse.Namespace) -> int:
 def add_plan(commands) -> None:
     parser = commands.add_parser(
         "plan",
-        help="show what each step will train on, from the manifests alone",
-        description="Prints tasks, micro-steps, digest and idle share of steps; reads no sample and needs no GPU.",
-        epilog="example: dsvlm plan quickstart --world-size 16 --steps 0:4 --json",
+        help="show what a run will do, from the manifests alone",
+        description="Prints tasks, micro-steps, digest and idle share of steps, and for the whole run epochs, repeats, "
+        "idle share, padding (where lengths are known), open shards and reads; reads no sample and needs no GPU.",
+        epilog="example: dsvlm plan quickstart --world-size 16384 --steps 0:4 --json",
     )
     add_recipe(parser)
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks (default 1)")
-    parser.add_argument("--steps", default="0:10", metavar="A:B", help="steps A to B - 1 (default 0:10)")
-    parser.add_argument("--json", action="store_true", help="one JSON object per step")
+    parser.add_argument("--steps", metavar="A:B", help="steps A to B - 1 (default: the first 10)")
+    parser.add_argument("--json", action="store_true", help='print one JSON object: {"steps": [...], "run": {...}}')
     parser.set_defaults(run=plan)
 
 
@@ -82,21 +83,19 @@ def plan(args: argparse.Namespace) -> int:
     import json
 
     from dsvlm.config import load_recipe
-    from dsvlm.schedule.preview import preview, render
-    from dsvlm.train.build import plan_run
+    from dsvlm.preflight.summary import plan_summary, render
+    from dsvlm.schedule import preview
 
     recipe = load_recipe(args.recipe, args.set)
-    first, _, last = args.steps.partition(":")
+    first, _, last = (args.steps or f"0:{min(10, recipe.schedule.steps)}").partition(":")
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise ValueError(f"--steps {args.steps}: expected A:B with A < B, for example 0:10")
-    planned = plan_run(recipe)
     if int(last) > recipe.schedule.steps:
         raise ValueError(f"--steps {args.steps}: the recipe has {recipe.schedule.steps} steps (schedule.steps)")
-    steps = range(int(first), int(last))
-    rows = preview(
-        planned.plan, planned.schedule, args.world_size, recipe.train.micro_batch, steps, planned.identity
-    )
-    print("\n".join(json.dumps(row) for row in rows) if args.json else render(rows))
+    if args.world_size < 1:
+        raise ValueError(f"--world-size {args.world_size}: use at least 1")
+    rows, run = plan_summary(recipe, args.world_size, range(int(first), int(last)))
+    print(json.dumps({"steps": rows, "run": run}) if args.json else f"{preview.render(rows)}\n\n{render(run)}")
     return 0
 
 

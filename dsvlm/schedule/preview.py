@@ -1,34 +1,38 @@
-"""What a plan will do, from numbers alone: the rows of `dsvlm plan`."""
+"""What a plan will do in each step, from numbers alone: the rows of `dsvlm plan`."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
 
 from dsvlm.schedule.digest import digest
-from dsvlm.schedule.plan import Plan, Schedule
-from dsvlm.schedule.strategy import deal, idle_share
+from dsvlm.schedule.plan import Plan, Schedule, Window
+from dsvlm.schedule.strategy import idle_share
 
 
 def preview(
-    plan: Plan, schedule: Schedule, world_size: int, micro_batch: int, steps: range, identity: bytes
-) -> list[dict]:
+    plan: Plan, schedule: Schedule, world_size: int, deal: Callable[[Window], Sequence], steps: Iterable[int],
+    identity: bytes,
+) -> list[dict]:  # fmt: skip
     """Return one row per step: step, tasks, epochs, micro_steps, units, fillers, idle_share, digest (all JSON types).
 
-    `tasks` maps a task's name to its samples in the window; `epochs` to its exact position after the step, as
-    {"epoch": whole epochs done, "position": samples into the next, "size": samples in an epoch}.
+    `deal(window)` gives the rounds. `tasks` maps a task's name to its samples in the window; `epochs` to its exact
+    position after the step, as {"epoch": whole epochs done, "position": samples into the next, "size": samples in one}.
     """
     rows = []
     for step in steps:
         window = plan.window(step)
-        tasks, epochs = {}, {}
-        for block in window.blocks:
-            stream = schedule.streams[block.task]
-            tasks[stream.name] = tasks.get(stream.name, 0) + block.count
-            epoch, position = divmod(block.first_ordinal + block.count, stream.size)
-            epochs[stream.name] = {"epoch": epoch, "position": position, "size": stream.size}
-        rounds = deal(window, schedule, world_size, micro_batch)
+        task, first, count = window.table.T
+        samples = np.bincount(task, count, len(schedule.streams)).astype(np.int64).tolist()
+        done = np.zeros(len(schedule.streams), np.int64)
+        np.maximum.at(done, task, first + count)
+        rounds = deal(window)
         units = sum(part.units for part in rounds)
+        held = [index for index, number in enumerate(samples) if number]
         rows.append(
             {
                 "step": step,
-                "tasks": tasks,
-                "epochs": epochs,
+                "tasks": {schedule.streams[index].name: samples[index] for index in held},
+                "epochs": {schedule.streams[i].name: position(int(done[i]), schedule.streams[i].size) for i in held},
                 "micro_steps": len(rounds),
                 "units": units,
                 "fillers": len(rounds) * world_size - units,
@@ -37,6 +41,12 @@ def preview(
             }
         )
     return rows
+
+
+def position(ordinal: int, size: int) -> dict:
+    """Return where a stream of epochs of `size` samples stands."""
+    epoch, place = divmod(ordinal, size)
+    return {"epoch": epoch, "position": place, "size": size}
 
 
 def render(rows: list[dict]) -> str:

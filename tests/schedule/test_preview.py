@@ -1,10 +1,12 @@
 """The preview of a plan: numbers that add up, JSON types, one line per step."""
 
 import json
+from functools import partial
 
 from dsvlm.schedule.digest import digest, identity_bytes
 from dsvlm.schedule.plan import Plan, Schedule, Stream
 from dsvlm.schedule.preview import preview, render
+from dsvlm.schedule.strategy import deal
 
 STREAMS = (Stream("caption", (5, 7), 6, 3), Stream("vqa", (11,), 2, 1))
 
@@ -12,7 +14,8 @@ STREAMS = (Stream("caption", (5, 7), 6, 3), Stream("vqa", (11,), 2, 1))
 def rows_of(strategy, world_size=4, **settings):
     schedule = Schedule(7, strategy, STREAMS, **settings)
     identity = identity_bytes(schedule, "r", ("aa", "bb"))
-    return preview(Plan(schedule), schedule, world_size, 2, range(1, 4), identity), schedule, identity
+    cut = partial(deal, schedule=schedule, world_size=world_size, micro_batch=2)
+    return preview(Plan(schedule), schedule, world_size, cut, range(1, 4), identity), schedule, identity
 
 
 def test_rows():

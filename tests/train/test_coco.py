@@ -39,8 +39,6 @@ def test_coco_from_its_own_files_to_a_checkpoint(tiny, tmp_path):
     tasks = {"caption", "categorize", "locate", "detect"}
     assert len(rows) == 4 and all(set(row["task_loss"]) == tasks for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"] and sum(row["masked"] for row in rows) == 0
-    planned = [json.loads(line) for line in dsvlm(
-        "plan", "coco", "--world-size", "2", "--steps", "0:4", "--json", *settings
-    ).splitlines()]  # fmt: skip
-    assert [row["digest"] for row in planned] == [row["digest"] for row in rows]
+    planned = json.loads(dsvlm("plan", "coco", "--world-size", "2", "--steps", "0:4", "--json", *settings))
+    assert [row["digest"] for row in planned["steps"]] == [row["digest"] for row in rows]
     assert (tmp_path / "runs/coco/checkpoints/step_00000004/COMPLETE.json").exists()
