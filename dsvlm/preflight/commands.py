@@ -41,7 +41,7 @@ def _preview(args: argparse.Namespace) -> int:
         steps = _steps(args.steps or "0:2", planned.recipe.schedule.steps)
         report = preview(planned, steps, args.samples, args.out, args.tokenizer, _progress(args))
     if args.json:
-        print(json.dumps(report, sort_keys=True))
+        print(json.dumps(report))
     else:
         for entry in report["masked"]:
             print(f"masked: task {entry['task']}, {entry['where']}: {entry['reason']}")
@@ -93,7 +93,7 @@ def _bench(args: argparse.Namespace) -> int:
         workers = _numbers("--workers", args.workers or "0,1,2")
         planned = _planned(args.subject, args.set)
         report = bench_recipe(planned, args.image_size, workers, args.seconds, _progress(args))
-    print(json.dumps(report, sort_keys=True) if args.json else render(report))
+    print(json.dumps(report) if args.json else render(report))
     return 1 if report["damaged"] else 0
 
 
@@ -120,7 +120,7 @@ def _simulate(args: argparse.Namespace) -> int:
     store = Store(args.latency_ms, args.mb_per_s, cache, args.step_seconds)
     steps = _steps(args.steps, planned.recipe.schedule.steps)
     report = simulate(planned, cluster, store, steps, _progress(args))
-    print(json.dumps(report, sort_keys=True) if args.json else render(report))
+    print(json.dumps(report) if args.json else render(report))
     return 1 if report["findings"] else 0
 
 

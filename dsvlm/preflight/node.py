@@ -1,11 +1,12 @@
 """What one node reads in each step, from the plan and the manifests alone: only the node's own samples are located."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dsvlm.data.cached import GAP, LONGEST
+from dsvlm.data.lengths import Lengths
 from dsvlm.data.manifest import Manifest
 from dsvlm.schedule.plan import Plan
 
@@ -60,6 +61,14 @@ class NodeReads:
         first = far | np.append(True, np.diff(parts) != 0)
         between = np.append(0.0, np.where(first[1:], 0.0, np.maximum(gap, 0.0)))
         return self.per_step(step[first]).astype(float), self.per_step(step, stop - start + between)
+
+    def positions(self, tables: Sequence[Lengths], image_tokens: int) -> np.ndarray:
+        """Positions of each sample in its row, images and text, [n] int64; tables: lengths of each task."""
+        found = np.zeros(len(self.task), np.int64)
+        for task, table in enumerate(tables):
+            here = self.task == task
+            found[here] = table.positions(self.sample[here], image_tokens)
+        return found
 
     def padding(self, lengths: np.ndarray) -> tuple[int, int]:
         """(useful, computed) positions of all units. lengths: [n] int64, positions of each sample."""

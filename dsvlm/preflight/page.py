@@ -184,8 +184,8 @@ def stored(box: Box) -> str:
 
 
 def tag(box: Box, kind: str, number: int) -> str:
-    above = " above" if box[1] > 0.1 else ""
-    return f'<b class="tag {kind}{above}" style="left:{100 * min(box[0], 0.93):.1f}%;top:{100 * box[1]:.1f}%">{number}</b>'
+    above, left = " above" if box[1] > 0.1 else "", min(box[0], 0.93)
+    return f'<b class="tag {kind}{above}" style="left:{100 * left:.1f}%;top:{100 * box[1]:.1f}%">{number}</b>'
 
 
 def data_url(pixels: np.ndarray) -> str:

@@ -128,11 +128,7 @@ def useful_share(planned: Planned, reads: NodeReads, lengths: Sequence[Lengths] 
     """Of the positions that the node computes, the share that is not padding; None when lengths are not known."""
     if lengths is None:
         return None
-    positions = np.zeros(len(reads.task), np.int64)
-    for task, known in enumerate(lengths):
-        here = reads.task == task
-        positions[here] = known.positions(reads.sample[here], image_tokens(planned.recipe))
-    useful, computed = reads.padding(positions)
+    useful, computed = reads.padding(reads.positions(lengths, image_tokens(planned.recipe)))
     return useful / computed
 
 
@@ -176,7 +172,7 @@ def findings(report: dict, by_length: bool) -> list[str]:
     """What a user should change, or know, before the run. by_length: whether its windows are cut by length."""
     found, store, idle = [], report["store"], report["execution"]["idle_share"]
     if by_length and report["execution"]["useful_share"] is None:
-        found.append("train.micro_tokens is set, but lengths are not known: see dsvlm data lengths; cut by samples here")
+        found.append("train.micro_tokens: cut by samples here, for lengths are not known yet: see dsvlm data lengths")
     if not store.get("keeps_up", True):
         found.append(
             f"the store does not keep up: the busiest step needs {store['streams_needed']} requests at a time on a "
