@@ -1,0 +1,83 @@
+"""Decoders: the same picture by each, other formats and odd JPEGs too; sizes from the header; reduced decoding."""
+
+import importlib.util
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsvlm.data import transforms
+from dsvlm.data.reader import BadSample
+from dsvlm.data.transforms import decode_image, make_decoder, resolve_decoder
+
+pytest.importorskip("simplejpeg")
+
+
+def picture(width: int, height: int, mode: str = "RGB", kind: str = "JPEG", **options) -> bytes:
+    coarse = np.random.default_rng(0).integers(0, 255, (height // 16 + 1, width // 16 + 1, 3), np.uint8)
+    data = BytesIO()
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def far(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(float) - b.astype(float)).mean())
+
+
+@pytest.mark.parametrize("data", [
+    picture(60, 40), picture(24, 24), picture(41, 77, subsampling=0), picture(50, 50, "L"), picture(50, 50, "CMYK"),
+    picture(64, 48, progressive=True), picture(30, 50, kind="PNG"), picture(30, 50, kind="WEBP"),
+    picture(30, 50, "P", kind="PNG"),
+])  # fmt: skip
+def test_decoders_agree(data):
+    pillow = make_decoder("pillow", 24)(data)
+    other = make_decoder("simplejpeg", 24)(data)
+    assert pillow.shape == other.shape == (3, 24, 24) and pillow.dtype == other.dtype == np.uint8
+    assert np.array_equal(decode_image(data, 24), pillow) and decode_image(data, 24).flags.writeable
+    assert far(pillow, other) < 1 and np.abs(pillow.astype(int) - other).max() <= 8
+
+
+@pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
+def test_pixels_are_those_of_plain_pillow(name):
+    data = picture(60, 40, kind="PNG")
+    with Image.open(BytesIO(data)) as image:
+        plain = np.asarray(image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(make_decoder(name, 24)(data), plain)
+
+
+@pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
+def test_reduced_decoding_stays_near_and_is_never_too_small(name, monkeypatch):
+    shapes, sizes, resize = ((400, 300), (199, 96), (96, 400), (48, 48)), [], Image.Image.resize
+    pictures = [picture(*shape) for shape in shapes]
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args: (sizes.append(self.size), resize(self, *args))[1])
+    for shape, data in zip(shapes, pictures, strict=True):
+        full, reduced = (make_decoder(name, 48, dct)(data) for dct in (False, True))
+        assert far(full, reduced) < 6
+        assert min(shape) >= 96 or np.array_equal(full, reduced)
+    assert (100, 75) in sizes and (100, 48) in sizes and (48, 200) in sizes and min(map(min, sizes)) >= 48
+
+
+@pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
+def test_bombs_and_damage_are_refused(name, monkeypatch):
+    decode, data = make_decoder(name, 24), picture(60, 40)
+    for cut in (0, 1, 20, len(data) // 2):
+        with pytest.raises(BadSample, match="does not decode"):
+            decode(data[:cut])
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 60 * 40 - 1)
+    import simplejpeg
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)  # nothing is decoded: the header is enough
+    with pytest.raises(BadSample, match="60 x 40 pixels"):
+        decode(data)
+
+
+def test_auto_is_what_is_installed(monkeypatch):
+    assert resolve_decoder("auto") == "simplejpeg" and resolve_decoder("pillow") == "pillow"
+    there = importlib.util.find_spec
+    monkeypatch.setattr(transforms, "find_spec", lambda name: None if name == "simplejpeg" else there(name))
+    assert resolve_decoder("auto") == "pillow"
+    make_decoder("pillow", 8)
+    with pytest.raises(ValueError, match="decoded by simplejpeg, which is not installed here: pip install"):
+        make_decoder("simplejpeg", 8)
