@@ -166,8 +166,8 @@ class ShardIndex:
         self.samples = self._batch.num_rows
         self.extensions = tuple(n.removesuffix(".offset") for n in self._columns if n.endswith(".offset"))
         self.images = tuple(ext for ext in self.extensions if (ext == image if image else is_image(ext)))
-        # Indexing a view gives a Python int, several times faster than a numpy scalar.
-        self._members = {ext: tuple(memoryview(self._columns[f"{ext}.{field}"]) for field in ("offset", "size", "crc"))
+        # Offsets, sizes and crcs of each extension. Indexing a view gives a Python int, faster than a numpy scalar.
+        self.members = {ext: tuple(memoryview(self._columns[f"{ext}.{field}"]) for field in ("offset", "size", "crc"))
                          for ext in self.extensions}
         self.crc = memoryview(self._columns["crc"])
 
@@ -186,15 +186,18 @@ class ShardIndex:
 
     def member(self, row: int, extension: str) -> tuple[int, int, int] | None:
         """(offset, size, crc32) of a member; None when the sample has none of this extension."""
-        columns = self._members.get(extension)
+        columns = self.members.get(extension)
         if columns is None:
             return None
-        offset, size, crc = columns
-        return (offset[row], size[row], crc[row]) if offset[row] else None
+        offset = columns[0][row]
+        return (offset, columns[1][row], columns[2][row]) if offset else None
 
     def image(self, row: int) -> str | None:
         """The extension of the sample's image; None when it has no image."""
-        return next((ext for ext in self.images if self._members[ext][0][row]), None)
+        for extension in self.images:
+            if self.members[extension][0][row]:
+                return extension
+        return None
 
 
 def _check_member(name: str, member: Member) -> None:

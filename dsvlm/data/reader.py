@@ -45,6 +45,7 @@ class ShardReader:
     def __init__(self, manifest: Manifest, cache: str = "", cache_mb: int = 10_000):
         self.manifest, self.cache, self.cache_mb = manifest, cache, cache_mb
         self._starts = [0, *accumulate(manifest.sizes)]
+        self._samples = manifest.samples
         self._remote = any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
         shared = _Shared(manifest, self._remote, cache, cache_mb)
         self._shard = lru_cache(OPEN_SHARDS)(partial(_Shard, shared))
@@ -81,22 +82,13 @@ class ShardReader:
         extension = shard.index.image(row)
         return None if extension is None else shard.read(row, extension)
 
-    def read(self, sample: int, extension: str) -> bytes:
-        """The bytes of one member, checked against their crc; BadSample when it is absent or damaged."""
-        shard, row = self._find(sample)
-        return shard.read(row, extension)
+    def read(self, sample: int, extension: str, check: bool = True) -> bytes:
+        """The bytes of one member; BadSample when it is absent or damaged.
 
-    def read_many(self, samples: np.ndarray, extension: str, check: bool = True) -> list[bytes | BadSample | None]:
-        """One member of each of `samples` ([n] int64); the places of all are looked up at once.
-
-        Absent members are None, damaged ones the BadSample that `read` raises. check: compare checksums, at the price
-        of a pass over the bytes (about 4 GB/s).
+        check: compare the checksum, at the price of a pass over the bytes (some 4 GB/s).
         """
-        found: list = [None] * len(samples)
-        for shard, rows, places in self._groups(samples):
-            for place, data in zip(places.tolist(), shard.read_many(rows, extension, check), strict=True):
-                found[place] = data
-        return found
+        shard, row = self._find(sample)
+        return shard.read(row, extension, check)
 
     def fetch(self, samples: np.ndarray, when: int) -> None:
         """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards.
@@ -116,7 +108,7 @@ class ShardReader:
 
     def _find(self, sample: int) -> "tuple[_Shard, int]":
         sample = int(sample)
-        assert 0 <= sample < self.manifest.samples, (sample, self.manifest.samples)
+        assert 0 <= sample < self._samples, (sample, self._samples)
         number = bisect_right(self._starts, sample) - 1
         return self._shard(number), sample - self._starts[number]
 
@@ -167,11 +159,13 @@ class _Shard:
         except OSError as error:
             raise ValueError(f"cannot open shard {path}: {error}: copy it again") from error
         self._read, self._again = self.file.read, getattr(self.file, "read_again", None)
+        self._members, self._size = self.index.members, self.file.size
         self.parquet = None
         if shared.groups is not None:
             from dsvlm.data.parquet import ParquetFile
 
             self.parquet = ParquetFile(path, self.file, self.mapping, shared.groups)
+            self._size = -1                       # its offsets are none of the file's: `_elsewhere` reads
 
     def where(self, row: int) -> str:
         return f"{self.name}:{self.index.key(row)}"
@@ -193,33 +187,24 @@ class _Shard:
             raise BadSample(f"the record is a {type(record).__name__}, not an object", self.where(row))
         return record
 
-    def read(self, row: int, extension: str) -> bytes:
-        member = self.index.member(row, extension)
-        if member is None:
+    def read(self, row: int, extension: str, check: bool = True) -> bytes:
+        columns = self._members.get(extension)
+        offset = columns[0][row] if columns else 0
+        if not offset:
             raise BadSample(f"no member {extension!r}", self.where(row))
-        offset, size, crc = member
-        data = self._bytes(row, extension, offset, size)
-        if len(data) != size or crc32(data) != crc:
-            data = self._repaired(row, extension, member, data)
-        return data
-
-    def read_many(self, rows: np.ndarray, extension: str, check: bool) -> list[bytes | BadSample | None]:
-        if extension not in self.index.extensions:
-            return [None] * len(rows)
-        columns = (self.index.column(f"{extension}.{field}")[rows].tolist() for field in ("offset", "size", "crc"))
-        if self.parquet is None and not check:
-            read = self._read
-            return [read(offset, size) if offset else None for offset, size, _ in zip(*columns, strict=True)]
-        found: list = []
-        for row, offset, size, crc in zip(rows.tolist(), *columns, strict=True):
+        size = columns[1][row]
+        if offset + size > self._size:
+            data = self._elsewhere(row, extension, offset, size)
+        else:
             try:
-                data = self._bytes(row, extension, offset, size) if offset else None
-                if check and offset and (len(data) != size or crc32(data) != crc):
-                    data = self._repaired(row, extension, (offset, size, crc), data)
-            except BadSample as error:
-                data = error
-            found.append(data)
-        return found
+                data = self._read(offset, size)
+            except OSError as error:
+                if error.errno is None:           # a store's
+                    raise type(error)(f"{self.where(row)}: {error}") from error
+                raise OSError(error.errno, f"{self.where(row)}: {error.strerror}") from error
+        if check and (len(data) != size or crc32(data) != columns[2][row]):
+            data = self._repaired(row, extension, data)
+        return data
 
     def extents(self, rows: np.ndarray) -> list[tuple[int, int]]:
         """(start, stop) of what training reads of each row."""
@@ -236,25 +221,18 @@ class _Shard:
         stops = np.minimum(stops, self.file.size)
         return [(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True) if start < stop]
 
-    def _bytes(self, row: int, extension: str, offset: int, size: int) -> bytes:
-        if self.parquet is not None:
-            try:
-                return self.parquet.read(offset - 1, extension)
-            except ValueError as error:
-                raise BadSample(str(error), self.where(row)) from error
-        if offset + size > self.file.size:
-            raise BadSample(f"{extension} is truncated: {max(0, self.file.size - offset)} of {size} bytes",
-                            self.where(row))
+    def _elsewhere(self, row: int, extension: str, offset: int, size: int) -> bytes:
+        if self.parquet is None:
+            found = max(0, self.file.size - offset)
+            raise BadSample(f"{extension} is truncated: {found} of {size} bytes", self.where(row))
         try:
-            return self._read(offset, size)
-        except OSError as error:
-            if error.errno is None:               # a store's
-                raise type(error)(f"{self.where(row)}: {error}") from error
-            raise OSError(error.errno, f"{self.where(row)}: {error.strerror}") from error
+            return self.parquet.read(offset - 1, extension)
+        except ValueError as error:
+            raise BadSample(str(error), self.where(row)) from error
 
-    def _repaired(self, row: int, extension: str, member: tuple[int, int, int], data: bytes) -> bytes:
+    def _repaired(self, row: int, extension: str, data: bytes) -> bytes:
         """The bytes read again past a damaged cache; BadSample when they are not what the index says either."""
-        offset, size, crc = member
+        offset, size, crc = self.index.member(row, extension)
         if self._again is not None and self.parquet is None:
             data = self._again(offset, size)
         if len(data) != size:

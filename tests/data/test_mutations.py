@@ -3,7 +3,6 @@
 import io
 import random
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -77,14 +76,11 @@ def test_mutations_touch_their_own_samples_only(manifest):
             file.seek(0)
             file.write(data)
             reader = ShardReader(manifest)
-            many = reader.read_many(np.arange(index.samples), "png") if number % 4 == 0 else None
             for (row, ext), (offset, size, _) in places.items():
                 expected = whole[offset:offset + size]
                 expected = expected if data[offset:offset + size] == expected else None
                 assert read(reader, row, ext) == expected, (number, row, ext)
                 masked += expected is None
-                if many is not None and ext == "png":
-                    assert isinstance(many[row], BadSample) if expected is None else many[row] == expected
             frozen = bytes(data)
             try:
                 scan_tar("mutated.tar", Stream(lambda offset, size: frozen[offset:offset + size], len(frozen)))  # noqa: B023

@@ -53,7 +53,6 @@ def test_rows_are_samples(manifest, tmp_path):
     for i in random.Random(0).sample(range(15), 15):
         assert reader.record(i) == {"question": f"what is {i}?", "answer": f"it is {i}"}
         assert reader.image(i) == png(i)
-    assert reader.read_many(np.array([14, 0, 9]), "image") == [png(14), png(0), png(9)]
     assert reader.where(11) == "../b.parquet:00000001" and len({reader.crc(i) for i in range(15)}) == 15
     index = ShardIndex(manifest.index(0))
     assert index.member(3, "image")[:2] == (4, len(png(3))) and index.column("width")[3] == 6
