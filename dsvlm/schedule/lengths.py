@@ -118,6 +118,11 @@ class LengthRound:
         return int(self._mine(self.table.samples).max())
 
     @property
+    def work(self) -> tuple[int, int]:
+        """What all ranks do, and what they could do in the time of the busiest: padded tokens."""
+        return int(self.padded.sum()), self.world_size * int(self.padded.max())
+
+    @property
     def units(self) -> int:
         """Units that hold samples; the others are fillers, on the last ranks."""
         return int((self._mine(self.table.samples) > 0).sum())

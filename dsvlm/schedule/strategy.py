@@ -3,6 +3,7 @@
 Nothing here changes what a run is: the samples of a window, and their order, are the plan's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -102,6 +103,11 @@ class Round:
         return int((size + (low < larger)).max())
 
     @property
+    def work(self) -> tuple[int, int]:
+        """What all ranks do, and what they could do in the time of the busiest: samples."""
+        return self.samples, self.world_size * self.largest
+
+    @property
     def units(self) -> int:
         """Units that hold samples; the remaining `world_size - units` are fillers, on the last ranks."""
         blocks, low, high = self._runs()
@@ -140,10 +146,13 @@ def deal(window: Window, schedule: Schedule, world_size: int, micro_batch: int) 
     return tuple(Round(cut, index * world_size, world_size, task) for index, task in enumerate(tasks))
 
 
-def idle_share(rounds: tuple[Round, ...]) -> Fraction:
-    """Return the share of sample places in which ranks wait for the largest unit of their round (for reports)."""
-    places = sum(part.world_size * part.largest for part in rounds)
-    return 1 - Fraction(sum(part.samples for part in rounds), places)
+def idle_share(rounds: Sequence) -> Fraction:
+    """Return the share of the work that ranks could do, but wait for the busiest of their round (for reports).
+
+    Work is counted in samples, or in padded tokens where windows are dealt by length.
+    """
+    done, could = np.sum([part.work for part in rounds], axis=0).tolist()
+    return 1 - Fraction(done, could)
 
 
 def _packed_pieces(counts: np.ndarray, world_size: int, micro_batch: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Dealing by length: every sample once, units within their budget and of like cost, edges and rows as good as said."""
 
 import time
+from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.padding import MIXTURE, table
 from dsvlm.schedule.lengths import balanced_rows, deal_by_length, optimal_edges, token_shares
 from dsvlm.schedule.plan import Plan, Schedule, Stream
-from dsvlm.schedule.strategy import deal
+from dsvlm.schedule.strategy import deal, idle_share
 
 steady = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=40)
 
@@ -104,6 +105,7 @@ def test_buckets(schedules, data):
         else:
             assert unit.width == 0
     assert token_shares(rounds, lengths) == (sum(tokens), sum(padded), sum(world_size * p.padded.max() for p in rounds))
+    assert idle_share(rounds) == 1 - Fraction(*token_shares(rounds, lengths)[1:])
 
 
 def best_cut(costs, units):
