@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.inputs import PIXELS
-from benchmarks.measure import children, pss_mb
+from benchmarks.measure import children, cpu_seconds, pss_mb
 
 OURS = "dsvlm"
 LIMIT = "decode limit"
@@ -28,13 +28,18 @@ MODEL = {  # never built: a recipe must have one
 }
 
 
-def run(name: str, root: Path, *, workers: int, batch: int, warm: int, timed: int, tasks: str = "caption") -> dict:
-    """Runs a contestant in a fresh process; {"rate": images per second, "pss": MB of each worker}."""
+def run(name: str, root: Path, site: str = "", **options) -> dict:
+    """Runs a contestant in a fresh process: images per second, CPU seconds per 1000 images, MB of each worker.
+
+    options: those of the command; site: directory of a sitecustomize.py for it and its workers.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.contest", name, "--root", str(root)]
-    for option, value in (("workers", workers), ("batch", batch), ("warm", warm), ("timed", timed), ("tasks", tasks)):
+    for option, value in options.items():
         command += [f"--{option}", str(value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    here = Path(__file__).parents[1]
+    path = os.pathsep.join(part for part in (site, os.environ.get("PYTHONPATH"), str(here)) if part)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here)
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -45,6 +50,9 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--tasks", default="caption")
+    parser.add_argument("--url", help="of the shards, when they are remote")
+    parser.add_argument("--cache", default="")
+    parser.add_argument("--block", type=int, default=1)
     for option in ("workers", "batch", "warm", "timed"):
         parser.add_argument(f"--{option}", type=int, required=True)
     args = parser.parse_args()
@@ -62,7 +70,7 @@ def main() -> None:
 
 def open_contestant(args) -> Iterable:
     if args.name == OURS:
-        return ours(args.root, args.tasks.split(","), args.workers, args.batch)
+        return ours(args)
     from benchmarks.peers import PEERS, Work
     from dsvlm.data.tokenizer import load_tokenizer
 
@@ -76,12 +84,14 @@ def timed(batches: Iterable, warm: int, count: int) -> dict:
     images, iterator = 0, iter(batches)
     for _ in range(warm):
         next(iterator)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds(os.getpid())
     for _ in range(count):
         batch = next(iterator)
         images += len(batch["pixels"] if isinstance(batch, dict) else batch)
     seconds = time.perf_counter() - start
-    return {"rate": images / seconds, "pss": [pss_mb(pid) for pid in children(os.getpid())]}
+    cpu = cpu_seconds(os.getpid()) - cpu
+    pss = [pss_mb(pid) for pid in children(os.getpid())]
+    return {"rate": images / seconds, "cpu": 1000 * cpu / images, "pss": pss}
 
 
 def planned_run(root, tasks: list[str], workers: int, batch: int, changed: dict | None = None):
@@ -108,12 +118,15 @@ def planned_run(root, tasks: list[str], workers: int, batch: int, changed: dict 
     return plan_run(parse_recipe(recipe))
 
 
-def ours(root: Path, tasks: list[str], workers: int, batch: int) -> Iterator:
+def ours(args) -> Iterator:
     """Pixels of each batch, window after window: what a training rank takes."""
     from dsvlm.data.tokenizer import load_tokenizer
     from dsvlm.train.build import make_loader
 
-    loader = make_loader(planned_run(root, tasks, workers, batch), load_tokenizer(root / "tokenizer", 8), PIXELS, 0, 1)
+    tasks = args.tasks.split(",")
+    changed = {"schedule": {"block": args.block}, "data": {"remote_cache": args.cache}}
+    planned = planned_run(args.url or args.root, tasks, args.workers, args.batch, changed)
+    loader = make_loader(planned, load_tokenizer(args.root / "tokenizer", 8), PIXELS, 0, 1)
     step = 0
     while True:
         window = loader.window(step)
@@ -133,7 +146,8 @@ def decode_flat_out(args) -> dict:
     for process in processes:
         process.start()
     barrier.wait()
-    return {"rate": sum(queue.get() for _ in processes), "pss": []}
+    found = [queue.get() for _ in processes]
+    return {"rate": sum(rate for rate, _ in found), "cpu": sum(cpu for _, cpu in found) / len(found), "pss": []}
 
 
 def decode_some(args, rank: int, barrier, queue) -> None:
@@ -141,8 +155,9 @@ def decode_some(args, rank: int, barrier, queue) -> None:
     from dsvlm.data.manifest import load_manifest
     from dsvlm.data.reader import ShardReader
     from dsvlm.data.tokenizer import load_tokenizer
-    from dsvlm.data.transforms import decode_image
+    from dsvlm.data.transforms import make_decoder
 
+    decode = make_decoder("pillow", PIXELS)
     reader = ShardReader(load_manifest(args.root / "caption"))
     work = Work(Path(), load_tokenizer(args.root / "tokenizer", 8), args.batch, args.workers)
     numbers = range(rank, min(len(reader), 512 * args.workers), args.workers)
@@ -150,15 +165,15 @@ def decode_some(args, rank: int, barrier, queue) -> None:
     count = args.timed * args.batch // args.workers
     todo = [memory[i % len(memory)] for i in range(count)]
     for image, _ in memory[:64]:
-        decode_image(image, PIXELS)
+        decode(image)
     barrier.wait()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for image, record in todo:
         if args.name == LIMIT_TEXT:
             work.encode(image, record)
         else:
-            decode_image(image, PIXELS)
-    queue.put(count / (time.perf_counter() - start))
+            decode(image)
+    queue.put((count / (time.perf_counter() - start), 1000 * (time.process_time() - cpu) / count))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dsvlm.data.encode import encode_sample
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import ShardReader
 from dsvlm.data.tokenizer import TextCodec
-from dsvlm.data.transforms import decode_image
+from dsvlm.data.transforms import make_decoder
 from dsvlm.tasks import TASK_TYPES
 
 SHUFFLE = 1000  # samples of shuffle buffers: the figure in webdataset's and Energon's examples is 100 to 1000
@@ -35,10 +35,13 @@ class Work:
     batch: int
     workers: int
 
+    def __post_init__(self):
+        self.decode = make_decoder("pillow", PIXELS)
+
     def encode(self, image: bytes, record: dict) -> tuple[torch.Tensor, list[int], list[int]]:
         """(pixels [3, P, P] uint8, tokens, targets) of a caption."""
         text = encode_sample(TASK_TYPES["caption"]().sample(record), self.codec, 256, False)
-        return torch.from_numpy(decode_image(image, PIXELS)), text.tokens, text.targets
+        return torch.from_numpy(self.decode(image)), text.tokens, text.targets
 
     def collate(self, samples: list) -> dict[str, torch.Tensor]:
         """A padded batch; `default_collate` stacks pixels straight into shared memory when it runs in a worker."""
