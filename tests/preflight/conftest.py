@@ -24,7 +24,8 @@ TASKS = {
 
 def write_odd(source: ShardReader, out: Path) -> None:
     """Six captions: a hostile one, one too long, one without its field, one with a damaged image, two sound ones."""
-    records = [{"caption": HOSTILE}, {"caption": "red " * 80}, {"text": "?"}, *({"caption": f"a ring {i}"} for i in "abc")]
+    records = [{"caption": HOSTILE}, {"caption": "red " * 80}, {"text": "?"}]
+    records += [{"caption": f"a ring {i}"} for i in "abc"]
     with ShardWriter(out, "caption") as writer:
         for i, record in enumerate(records):
             image = b"no image" if i == 3 else source.image(i)
