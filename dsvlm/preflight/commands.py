@@ -32,7 +32,7 @@ def _preview(args: argparse.Namespace) -> int:
 
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples}: expected at least 1")
-    if Path(args.subject).is_dir():
+    if _is_shard_set(args.subject):
         if args.set or args.steps or args.tokenizer:
             raise ValueError("--set, --steps and --tokenizer: a shard set has none of these; give a recipe")
         report = preview_shards(args.subject, args.samples, args.out, _progress(args))
@@ -85,7 +85,7 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError(f"--seconds {args.seconds}: expected more than 0 and at most 600")
     if args.image_size is not None and not 1 <= args.image_size <= 4096:
         raise ValueError(f"--image-size {args.image_size}: expected 1 to 4096 pixels")
-    if Path(args.subject).is_dir():
+    if _is_shard_set(args.subject):
         if args.workers or args.set:
             raise ValueError("--workers and --set: a shard set has no loader of its own; give a recipe")
         report = bench_directory(args.subject, args.image_size or 224, args.seconds, _progress(args))
@@ -122,6 +122,12 @@ def _simulate(args: argparse.Namespace) -> int:
     report = simulate(planned, cluster, store, steps, _progress(args))
     print(json.dumps(report) if args.json else render(report))
     return 1 if report["findings"] else 0
+
+
+def _is_shard_set(subject: str) -> bool:
+    from dsvlm.data.manifest import is_url
+
+    return is_url(subject) or Path(subject).is_dir()
 
 
 def _planned(recipe: str, overrides: list[str]):
