@@ -1,45 +1,46 @@
 """Do all ranks hold the same record? Summaries that merge, so that no process sees more than its own part of a job."""
 
+import json
 from collections.abc import Iterable, Sequence
 
 SHOWN = 8  # values and runs of ranks that a message names
+MISSING = "'(missing)'"
 
 Ranges = list[tuple[int, int]]  # (first, last) of runs of ranks, ascending
-Summary = dict[str, dict[str, Ranges]]  # field -> value -> the ranks that hold it
+Summary = dict[str, Ranges]  # record -> the ranks that hold it
 
 
 def summarise(rank: int, record: dict) -> Summary:
     """Return the summary of one rank; `record` maps fields to values, which are compared by their repr."""
-    return {field: {repr(value): [(rank, rank)]} for field, value in record.items()}
+    return {json.dumps({field: repr(value) for field, value in record.items()}): [(rank, rank)]}
 
 
 def merge(summaries: Iterable[Summary]) -> Summary:
     """Return the summary of all ranks of some summaries; ranks that agree take no more room than one of them."""
     merged: Summary = {}
     for summary in summaries:
-        for field, values in summary.items():
-            held = merged.setdefault(field, {})
-            for value, ranges in values.items():
-                held.setdefault(value, []).extend(ranges)
-    return {field: {value: _joined(ranges) for value, ranges in held.items()} for field, held in merged.items()}
+        for record, ranges in summary.items():
+            merged.setdefault(record, []).extend(ranges)
+    return {record: _joined(ranges) for record, ranges in merged.items()}
 
 
-def difference(summary: Summary, world_size: int) -> str | None:
-    """Return None if ranks 0 .. world_size - 1 agree, else a message on the first field that differs.
+def difference(summary: Summary) -> str | None:
+    """Return None if all ranks agree, else a message on the first field that differs.
 
     The message names the ranks that differ from the majority (of ties, the value of the lowest rank) and both values.
     Put causes before effects in a record: seed and recipe before the plan's digest.
     """
-    different = [field for field, held in summary.items() if len(held) > 1 or _count(*held.values()) < world_size]
+    records = [(json.loads(text), ranges) for text, ranges in sorted(summary.items(), key=lambda item: item[1][0])]
+    fields = dict.fromkeys(field for record, _ in records for field in record)
+    different = [field for field in fields if len({record.get(field, MISSING) for record, _ in records}) > 1]
     if not different:
         return None
-    held = dict(summary[different[0]])
-    lacking = _complement(_joined([run for ranges in held.values() for run in ranges]), world_size)
-    if lacking:
-        held["'(missing)'"] = lacking
-    by_rank = sorted(held, key=lambda value: held[value][0])
-    usual = max(by_rank, key=lambda value: _count(held[value]))
-    odd = [value for value in by_rank if value != usual]
+    held: dict[str, Ranges] = {}
+    for record, ranges in records:
+        held.setdefault(record.get(different[0], MISSING), []).extend(ranges)
+    held = {value: _joined(ranges) for value, ranges in held.items()}
+    usual = max(held, key=lambda value: _count(held[value]))
+    odd = [value for value in held if value != usual]
     parts = [f"{value} on {_names(held[value])}" for value in odd[:SHOWN]]
     if len(odd) > SHOWN:
         parts.append(f"{len(odd) - SHOWN} other values on {_count(*(held[value] for value in odd[SHOWN:]))} ranks")
@@ -52,7 +53,7 @@ def difference(summary: Summary, world_size: int) -> str | None:
 
 def compare(records: Sequence[dict]) -> str | None:
     """Return the `difference` of one record per rank."""
-    return difference(merge(summarise(rank, record) for rank, record in enumerate(records)), len(records))
+    return difference(merge(summarise(rank, record) for rank, record in enumerate(records)))
 
 
 def _joined(ranges: Ranges) -> Ranges:
@@ -63,11 +64,6 @@ def _joined(ranges: Ranges) -> Ranges:
         else:
             runs.append((low, high))
     return runs
-
-
-def _complement(ranges: Ranges, world_size: int) -> Ranges:
-    edges = [-1, *(edge for run in ranges for edge in run), world_size]
-    return [(low + 1, high - 1) for low, high in zip(edges[::2], edges[1::2], strict=True) if high - low > 1]
 
 
 def _count(*parts: Ranges) -> int:

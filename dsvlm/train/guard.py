@@ -40,7 +40,7 @@ class Guard:
 
     def raise_difference(self, record: dict) -> None:
         summary = self.collective(self.patient.merge, summarise(dist.get_rank(), record), merge)
-        message = difference(summary, dist.get_world_size())
+        message = self.collective(self.patient.broadcast, summary and difference(summary))
         assert message is not None, "ranks differ in a record that compares equal"
         raise ValueError(f"the ranks do not hold the same run: {message}")
 
@@ -59,7 +59,8 @@ class Guard:
         failed = torch.tensor([error is not None], dtype=torch.int64)
         self.collective(self.patient.all_reduce, failed)
         if failed:
-            rank, text = self.collective(self.patient.merge, (dist.get_rank(), error), first_error)
+            first = self.collective(self.patient.merge, (dist.get_rank(), error), first_error)
+            rank, text = self.collective(self.patient.broadcast, first)
             where = "" if failed == dist.get_world_size() else f"rank {rank}: "
             raise ValueError(f"{where}{text}")
 

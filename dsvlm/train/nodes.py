@@ -44,16 +44,20 @@ class Nodes:
             dist.all_reduce(values, op, self.leaders)
         dist.broadcast(values, self.leader, self.node)
 
-    def merge(self, value: Value, function: Callable[[list[Value]], Value]) -> Value:
-        """`function` of small values of all ranks, on every rank; it merges its own results, too."""
+    def merge(self, value: Value, function: Callable[[list[Value]], Value]) -> Value | None:
+        """`function` of small values of all ranks on rank 0, None elsewhere; it merges its own results, too."""
         values = gathered(value, self.leader, self.node)
-        merged = [function(values) if values else None]
         if self.leads:
-            values = gathered(merged[0], 0, self.leaders)
-            merged = [function(values) if values else None]
-            dist.broadcast_object_list(merged, 0, self.leaders)
-        dist.broadcast_object_list(merged, self.leader, self.node)
-        return merged[0]
+            values = gathered(function(values), 0, self.leaders)
+        return function(values) if values else None
+
+    def broadcast(self, value):
+        """Rank 0's Python value on every rank."""
+        held = [value]
+        if self.leads:
+            dist.broadcast_object_list(held, 0, self.leaders)
+        dist.broadcast_object_list(held, self.leader, self.node)
+        return held[0]
 
     def gather(self, value) -> list:
         """One Python value of every rank, in rank order, on rank 0; [] elsewhere."""

@@ -54,7 +54,7 @@ def test_merged_in_any_grouping(data):
     while rest:
         size = data.draw(st.integers(1, len(rest)))
         nodes, rest = [*nodes, merge(rest[:size])], rest[size:]
-    message = difference(merge(nodes), len(records))
+    message = difference(merge(nodes))
     assert message == compare(records)
     assert (message is None) == (len({repr(sorted(record.items())) for record in records}) == 1)
 
@@ -66,8 +66,8 @@ def test_large_job(odd):
     nodes = []
     for low in range(0, 16_384, 8):
         nodes.append(merge(summarise(rank, records[rank]) for rank in range(low, low + 8)))
-        assert len(nodes[-1]["plan"]) == 1 and sum(map(len, nodes[-1]["seed"].values())) <= 8
-    message = difference(merge(nodes), 16_384)
+        assert len(nodes[-1]) <= 2 and sum(map(len, nodes[-1].values())) <= 8
+    message = difference(merge(nodes))
     expected = {0: None, 1: "'seed' is 8 on rank 9999,", 8: "'seed' is 8 on ranks 4000-4007,"}
     if len(odd) in expected:
         assert (message is None) == (expected[len(odd)] is None) and (not message or expected[len(odd)] in message)
