@@ -1,0 +1,33 @@
+"""The plan's benchmark in small: it runs, it computes a rank's whole share, and its digest check finds who differs."""
+
+import pytest
+
+from benchmarks import plan as benchmark
+from dsvlm.schedule.plan import STRATEGIES, Plan
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_share_of_rank(strategy):
+    schedule = benchmark.schedule_of(strategy, 4, 16)
+    assert benchmark.share_of_rank(Plan(schedule), b"identity", 4, 1, 7) == 8  # 16 samples of each of 8 tasks
+    us, micro_steps = benchmark.micro_step_us(strategy, 4, 16, 0.001)
+    assert us > 0 and micro_steps == 8
+
+
+def test_resume():
+    rows = benchmark.resume_rows(1, shards=20, shard=100)
+    assert [row.what.split()[3] for row in rows] == ["0%", "99%"] and all(row.value > 0 for row in rows)
+
+
+def test_agreement():
+    assert benchmark.agreement(20, lambda rank: False)[2] is None
+    total, longest, message = benchmark.agreement(20, lambda rank: rank in (8, 9))
+    assert 0 < longest <= total and "'seed' is -1 on ranks 8-9, but" in message
+
+
+def test_grid(monkeypatch):
+    monkeypatch.setattr(benchmark, "WORLDS", (1, 2))
+    monkeypatch.setattr(benchmark, "STRATEGIES", ("accumulate", "mixed"))
+    lines = benchmark.grid(benchmark.plan_rows(1, 0.001)).splitlines()
+    assert len(lines) == 2 + 2 * 2 and lines[0].endswith("| W = 1 | W = 2 |")
+    assert lines[2].startswith("| accumulate, 32 micro-steps in a window | ")
