@@ -5,11 +5,13 @@ import json
 import sys
 from pathlib import Path
 
-from dsvlm.data.convert import coco, scenes
+from dsvlm.data.convert import coco, scenes, webdataset
 
 SOURCES = {
     "coco": (coco, "COCO's own JSON files and photographs",
              "--images train2017 --captions captions_train2017.json --instances instances_train2017.json --out coco"),
+    "webdataset": (webdataset, "WebDataset sources that can only be read in order (pipe:, compressed tars)",
+                   "'pipe:aws s3 cp s3://bucket/{000..099}.tar.gz - | gunzip' --type caption --out captions"),
     "scenes": (scenes, "drawn scenes of coloured shapes, made on the spot", "--out data/scenes"),
 }
 
