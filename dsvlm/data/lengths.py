@@ -119,9 +119,10 @@ def _mapped(count: Callable[[int], np.ndarray], starts: range, workers: int) -> 
 
 def _count(source, codec: TextCodec, max_length: int, encoder_decoder: bool, start: int) -> np.ndarray:
     """Lengths of the samples start .. start + CHUNK - 1."""
-    masked = masked_sample(codec, encoder_decoder)
+    masked, samples = masked_sample(codec, encoder_decoder), range(start, min(start + CHUNK, len(source.reader)))
+    source.reader.fetch(np.array(samples), when=0)
     found = []
-    for sample in range(start, min(start + CHUNK, len(source.reader))):
+    for sample in samples:
         try:
             text = encode_record(
                 source.reader.record(sample), source.sample, codec, max_length,

@@ -1,8 +1,6 @@
-"""`dsvlm data lengths`: the side files that a recipe's windows are cut by, made before the first start; and what they
-say about padding."""
+"""`dsvlm data lengths`: the side files that windows are cut by, made before a start, and what they say of padding."""
 
 from functools import partial
-from pathlib import Path
 
 from dsvlm.data.lengths import Lengths
 from dsvlm.preflight.inputs import open_codec
@@ -11,6 +9,7 @@ from dsvlm.schedule.plan import Window
 from dsvlm.schedule.strategy import deal
 from dsvlm.train.build import Planned
 from dsvlm.train.lengths import (
+    beside_shards,
     bucket_edges,
     find_lengths,
     image_tokens,
@@ -26,8 +25,7 @@ def lengths(planned: Planned, workers: int) -> list[dict]:
     workers: processes; 0 = this one.
     """
     codec, _ = open_codec(planned)
-    beside = {name: manifest.path for name, manifest in planned.manifests.items()}
-    made = make_lengths(planned, codec, beside, workers)
+    made = make_lengths(planned, codec, beside_shards(planned), workers)
     tokens = image_tokens(planned.recipe)
     found = find_lengths(planned, codec)
     return [describe(name, table, tokens, planned.recipe.train.buckets, name in made) for name, table in found.items()]
@@ -81,5 +79,5 @@ class Cut:
 
 def any_lengths(planned: Planned) -> bool:
     """Whether a set of shards has side files, be they of another vocabulary: only then is it worth its training."""
-    places = [Path(planned.recipe.run_dir), *(Path(manifest.path) for manifest in planned.manifests.values())]
+    places = {planned.recipe.run_dir, *beside_shards(planned).values()}
     return any(next(place.glob("lengths-*.npy"), None) for place in places)

@@ -52,13 +52,20 @@ def side_files(planned: Planned, codec: TextCodec) -> dict[str, str]:
 
 def find_lengths(planned: Planned, codec: TextCodec) -> dict[str, Lengths | None]:
     """Each task's lengths: next to its shards, else in the run directory, else None."""
-    found = {}
+    found, beside = {}, beside_shards(planned)
     for name, file in side_files(planned, codec).items():
-        manifest = planned.manifests[name]
-        paths = [directory / file for directory in (Path(manifest.path), planned.recipe.run_dir)]
+        paths = [directory / file for directory in (beside[name], planned.recipe.run_dir)]
         here = next((path for path in paths if path.is_file()), None)
-        found[name] = here and Lengths(here, manifest.samples)
+        found[name] = here and Lengths(here, planned.manifests[name].samples)
     return found
+
+
+def beside_shards(planned: Planned) -> dict[str, Path]:
+    """The directory of each task's shards; the run's for remote ones, which are not written to."""
+    return {
+        name: Path(manifest.path) if manifest.url is None else planned.recipe.run_dir
+        for name, manifest in planned.manifests.items()
+    }
 
 
 def make_lengths(planned: Planned, codec: TextCodec, directories: dict[str, Path], workers: int = 0) -> dict[str, Path]:
@@ -76,6 +83,7 @@ def make_lengths(planned: Planned, codec: TextCodec, directories: dict[str, Path
             source, codec, recipe.text.max_length, encoder_decoder=recipe.model.decoder.kind == "t5", workers=workers,
             progress=bar,
         )  # fmt: skip
+        directories[source.name].mkdir(parents=True, exist_ok=True)
         made[source.name] = directories[source.name] / names[source.name]
         write_lengths(made[source.name], table)
     return made
@@ -101,7 +109,7 @@ def open_lengths(planned: Planned, codec: TextCodec) -> dict[str, Lengths]:
     for name, lengths in found.items():
         if lengths is None:
             raise ValueError(
-                f"task {name}: no {side_files(planned, codec)[name]} in {planned.manifests[name].path} or "
+                f"task {name}: no {side_files(planned, codec)[name]} in {beside_shards(planned)[name]} or "
                 f"{planned.recipe.run_dir}; make it with dsvlm data lengths, or copy it to this node"
             )
     return found

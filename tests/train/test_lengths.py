@@ -13,7 +13,7 @@ from dsvlm.data.reader import ShardReader
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train import lengths as train_lengths
 from dsvlm.train.build import make_loader, make_sources, make_tokenizer, plan_run
-from dsvlm.train.lengths import find_lengths, image_tokens, make_lengths, open_lengths
+from dsvlm.train.lengths import beside_shards, find_lengths, image_tokens, make_lengths, open_lengths
 from dsvlm.train.loop import window_fingerprint
 from tests.dist.recipes import STRATEGIES, tiny
 
@@ -126,6 +126,20 @@ def test_made_next_to_the_shards_and_found_there(root, codec, tmp_path, monkeypa
     finally:
         for path in made.values():
             path.unlink()
+
+
+def test_remote_shards(root, codec, tmp_path):
+    """They are not written to: lengths are made in the run directory, also beforehand."""
+    options = {"data__remote_cache": str(tmp_path / "cache"), "train__micro_tokens": 96}
+    remote = plan_run(tiny(f"file://{root}", output=str(tmp_path / "run"), **options))
+    assert all(manifest.url for manifest in remote.manifests.values())
+    made = make_lengths(remote, codec, beside_shards(remote))
+    assert {path.parent for path in made.values()} == {tmp_path / "run"}
+    local = planned_at(root, tmp_path / "run")
+    for name, lengths in open_lengths(local, codec).items():  # the same manifest, so the same file
+        assert lengths.path == made[name]
+        (source,) = [source for source in make_sources(local) if source.name == name]
+        assert (lengths.table == count_lengths(source, codec, 64, encoder_decoder=False)).all()
 
 
 def test_in_processes(root, codec, tmp_path, monkeypatch):
