@@ -10,7 +10,7 @@ from dsvlm.eval.charts import linear_ticks, svg
 
 WIDTH, HEIGHT = 520, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 22, 38
-BARS = 48
+BARS, LEAST = 48, 15  # most bars; least end of the axis, so that few values are no walls
 
 
 def histogram(values: Sequence[int], label: str, limit: int | None = None, limit_label: str = "") -> str:
@@ -20,7 +20,7 @@ def histogram(values: Sequence[int], label: str, limit: int | None = None, limit
     """
     top = max(values)
     limit = math.inf if limit is None else limit
-    end = max(top, limit) if limit <= 1.5 * top else top
+    end = max(LEAST, limit if top <= limit <= 1.5 * top else top)
     step = max(1, -(-(end + 1) // BARS))
     counts = np.bincount(np.asarray(values) // step, minlength=end // step + 1)
     plot_width, plot_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM

@@ -117,6 +117,8 @@ def test_requests_bridge_small_gaps_and_stay_short():
     assert requests.tolist() == [2, 0, 0] and length[0] == 2000 + GAP // 2 + 1
     assert near.requests(np.array([False, False, True]))[0].tolist() == [1, 0, 0]
     assert near.requests(np.zeros(3, bool))[0].tolist() == [0, 0, 0]
+    ranks = reads([(0, 0, 0, 0, 1000), (0, 1, 0, 1000, 2000), (1, 1, 0, 2000, 3000)])
+    assert ranks.requests(np.ones(3, bool))[0].tolist() == [2, 1, 0]  # each rank, and each step, asks for itself
     long = reads([(0, 0, 0, i * 2**20, (i + 1) * 2**20) for i in range(20)])
     assert long.requests(np.ones(20, bool))[0][0] == 3  # of 8 MiB at most
 
