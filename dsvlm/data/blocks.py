@@ -37,7 +37,8 @@ class Blocks:
         return start, array
 
     def close(self) -> None:
-        """Gives up the file; arrays that are still in use stay valid."""
+        """Gives up the file and all blocks but those that arrays still show."""
+        self.free.clear()
         if self.file >= 0:
             os.close(self.file)
             self.file = -1

@@ -25,8 +25,8 @@ class Draft:
 class Images:
     """Images of a unit that were asked for.
 
-    drafts: those of the unit that have one; pixels: [N, 3, P, P] uint8, valid when all jobs are done; jobs: with the
-    places (of N) that each fills.
+    drafts: those of the unit that have one; pixels: [N, 3, P, P] uint8, colours innermost in memory, valid when all
+    jobs are done; jobs: with the places (of N) that each fills.
     """
 
     drafts: list[Draft]

@@ -129,7 +129,7 @@ class Loader:
         for task, epoch, sample, ordinal in share.numbers:
             text = found.get((task, sample)) or self.cache.items["text", task, sample]
             drafts.append(Draft(task, epoch, sample, ordinal, text.crc, text.row or self.masked, text.reason))
-            counts[task] += drafts[-1].text.count
+            counts[task] += text.count
         rest = iter(drafts)
         units = [[next(rest) for _ in range(size)] for size in share.sizes]
         share.loaded = LoadedWindow(share.step, units, counts, share.shapes)
@@ -161,7 +161,7 @@ class Loader:
             return Images(drafts)
         size = self.config.image_size
         start, memory = self.pool.take(len(drafts) * 3 * size * size)
-        images = Images(drafts, memory.reshape(len(drafts), 3, size, size))
+        images = Images(drafts, memory.reshape(len(drafts), size, size, 3).transpose(0, 3, 1, 2))
         missing = []
         for place, draft in enumerate(drafts):
             known = self.cache.items.get(("image", draft.task, draft.sample))

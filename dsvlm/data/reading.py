@@ -48,11 +48,12 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class Text:
-    """A sample's text as read; `row` is None, and `reason` says why, when it must not teach."""
+    """A sample's text as read; `row` is None, and `reason` says why, when it must not teach. `count`: its targets."""
 
     row: Encoded | None
     crc: int
     reason: str | None = None
+    count: int = 0
 
 
 class Reading:
@@ -78,7 +79,7 @@ class Reading:
             )  # fmt: skip
         except BadSample as error:
             return Text(None, crc, error.reason)
-        return Text(row, crc)
+        return Text(row, crc, count=row.count)
 
     def image(self, task: int, sample: int, pixels: np.ndarray) -> str | None:
         """Writes the sample's image into `pixels` [3, P, P]; black, and the reason returned, when it cannot be had."""
@@ -86,7 +87,9 @@ class Reading:
             data = self.sources[task].reader.image(sample)
             if data is None:
                 raise BadSample("it has no image")
-            pixels[...] = self.decode(data)
+            found = self.decode(data, pixels)
+            if found is not pixels:
+                pixels[...] = found
         except (OSError, ValueError) as error:
             # Nothing but a masked row will do here: the other ranks are in the middle of the window.
             pixels[...] = 0
