@@ -95,9 +95,10 @@ def simulate(planned: Planned, cluster: Cluster, store: Store, steps: range, pro
             "shards": summary(reads.shards_open()),
         },
         "cache": cache,
-        "store": demand(store, cluster, requests, size),
+        "store": demand(store, cluster, requests, size)
+        | {"samples_per_request": int(missed.sum()) / max(1.0, float(requests.sum()))},
     }  # fmt: skip
-    return report | {"findings": findings(report, bool(planned.recipe.train.micro_tokens))}
+    return report | {"findings": findings(report, planned)}
 
 
 def deal_steps(planned: Planned, deal: Callable, cluster: Cluster, steps, waste: list[dict]) -> Iterator[tuple]:
@@ -168,16 +169,19 @@ def demand(store: Store, cluster: Cluster, requests: np.ndarray, size: np.ndarra
     return found
 
 
-def findings(report: dict, by_length: bool) -> list[str]:
-    """What a user should change, or know, before the run. by_length: whether its windows are cut by length."""
+def findings(report: dict, planned: Planned) -> list[str]:
+    """What a user should change, or know, before the run."""
     found, store, idle = [], report["store"], report["execution"]["idle_share"]
+    train = planned.recipe.train
+    by_length, shorter = train.micro_tokens > 0, planned.schedule.block < train.micro_batch
     if by_length and report["execution"]["useful_share"] is None:
         found.append("train.micro_tokens: cut by samples here, for lengths are not known yet: see dsvlm data lengths")
     if not store.get("keeps_up", True):
         found.append(
             f"the store does not keep up: the busiest step needs {store['streams_needed']} requests at a time on a "
-            f"node, which has {store['streams']}; let a step take {store['least_step_seconds']:.2f} s, raise "
-            "schedule.block, or make shards of smaller images"
+            f"node, which has {store['streams']}; let a step take {store['least_step_seconds']:.2f} s, make shards of "
+            f"smaller images, or raise {'schedule.block' if shorter else 'train.micro_batch'}: a request holds "
+            f"{store['samples_per_request']:.1f} samples"
         )
     if idle > IDLE and not by_length:  # units cut by length hold unlike numbers of samples, and cost the same
         found.append(
@@ -210,14 +214,15 @@ def render(report: dict) -> str:
             ["samples", *both(reads["samples"])],
             ["MB of samples", *both(reads["bytes"], 1e6)],
             ["shards read", *both(reads["shards"])],
-            ["requests", *both(store["requests"])],
+            ["requests to the store", *both(store["requests"])],
             ["MB from the store", *both(store["bytes"], 1e6)],
         ]),
         "",
         f"cache        {cache['mb']:,} MB hold {cache['samples']:,} samples, of {cache['different']:,} different ones "
         f"read: {cache['hit_share_next_use']:.1%} hits by next use, {cache['hit_share_last_use']:.1%} by last use",
         f"store        {store['latency_ms']:g} ms, {store['mb_per_s']:g} MB/s a stream: the busiest step takes "
-        f"{store['least_step_seconds']:.3f} s with {store['streams']} requests at a time",
+        f"{store['least_step_seconds']:.3f} s with {store['streams']} requests at a time, "
+        f"of {store['samples_per_request']:.1f} samples each",
     ]  # fmt: skip
     if store["step_seconds"] is not None:
         lines.append(

@@ -126,10 +126,11 @@ def test_requests_bridge_small_gaps_and_stay_short():
 def test_blocks_make_reads_long(planned):
     """64 consecutive samples of a rank are one request where the permutation keeps them together."""
     one, many = (
-        simulate(large(planned, 8 * 64, block), Cluster(8), Store(30, 200, 0), range(4), plain)["store"]["requests"]
+        simulate(large(planned, 8 * 64, block), Cluster(8), Store(30, 200, 0), range(4), plain)["store"]
         for block in (64, 1)
     )
-    assert one["mean"] < 40 and many["mean"] > 900
+    assert one["requests"]["mean"] < 40 and many["requests"]["mean"] > 900
+    assert one["samples_per_request"] > 25 and many["samples_per_request"] < 1.2
 
 
 def test_padding_counts_rows():
@@ -169,6 +170,9 @@ def test_store(planned):
     assert report["least_step_seconds"] == pytest.approx((most * 0.03 + size / 200e6) / 128)
     slow = simulate(planned, Cluster(8), Store(30, 0.5, 0, 1.0), range(4), plain)
     assert not slow["store"]["keeps_up"] and "does not keep up" in slow["findings"][0]
+    assert "raise train.micro_batch" in slow["findings"][0]  # 64, as schedule.block
+    short = simulate(large(planned, 8 * 64, block=1), Cluster(8), Store(30, 0.5, 0, 1.0), range(4), plain)
+    assert "raise schedule.block" in short["findings"][0]
 
 
 def test_cache(planned):
