@@ -179,6 +179,16 @@ def enter_window_error(rank: int, hosts: tuple[str, ...] = ()) -> str:
     return ""
 
 
+def enter_window_differs(record: dict, other: dict, rank: int) -> str:
+    """The error that every rank gets at a window of which one of them has another plan."""
+    guard = Guard(20)
+    try:
+        guard.enter_window(other if dist.get_rank() == rank else record, np.zeros(2, np.int64), False, None)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def exchange(hosts: tuple[str, ...]) -> dict:
     """What the guard's collectives give this rank, with the ranks on the given hosts."""
     rank = dist.get_rank()

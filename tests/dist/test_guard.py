@@ -13,6 +13,8 @@ from dsvlm.train.loop import start_record
         ({"seed": 6}, "seed"),
         ({"tasks__question__samples": 7}, "tasks.question.samples"),
         ({"tasks__question__quota": 3}, "tasks.question.quota"),
+        ({"tasks__locate__shards": "val/locate"}, "tasks.locate.shards"),
+        ({"schedule__block": 4}, "schedule.block"),
         ({"train__micro_batch": 4}, "train.micro_batch"),
         ({"train__zero": 2}, "train.zero"),
     ],
@@ -35,6 +37,12 @@ def test_manifest_and_versions(pools, data_root, field):
 def test_agreement_is_silent(pools, data_root):
     record = start_record(plan_run(tiny(data_root)))
     assert pools(2).run("disagree", record=record, other=record, rank=0) == ["", ""]
+
+
+def test_a_window_that_differs_is_named(pools):
+    record, other = {"step": 3, "plan": "aa"}, {"step": 3, "plan": "ab"}
+    messages = pools(3).run("enter_window_differs", record=record, other=other, rank=2)
+    assert len(set(messages)) == 1 and "'plan' is 'ab' on rank 2, but 'aa' on ranks 0-1" in messages[0]
 
 
 LAYOUTS = [("a", "a", "a"), ("a", "a", "b"), ("a", "b", "b"), ("a", "b", "c"), ("a", "b", "a")]
