@@ -90,7 +90,13 @@ def sizes(urls: Iterable[str]) -> dict[str, int | None]:
 
     def size(url: str) -> int | None:
         fs, path = stores.connect(url)
-        return fs.info(path)["size"] if fs.exists(path) else None
+        try:
+            return fs.info(path)["size"]
+        except FileNotFoundError as error:
+            # fsspec says so of every answer of a web server; the answer itself is the cause.
+            if getattr(error.__cause__, "status", 404) in (404, 410):
+                return None
+            raise OSError(str(error.__cause__)) from error
 
     urls = list(dict.fromkeys(urls))
     with ThreadPoolExecutor(CONCURRENT) as pool:
