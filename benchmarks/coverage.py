@@ -1,12 +1,10 @@
-"""Row h: correctness as figures: samples lost and repeated, and steps whose ranks disagree on the task, by world size."""
+"""Row h: correctness as figures: samples lost and repeated, and micro-steps whose ranks disagree on the task."""
 
 import os
 import random
 from collections import Counter
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.contest import planned_run
 from benchmarks.measure import Row

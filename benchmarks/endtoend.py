@@ -1,14 +1,18 @@
 """Rows b and c: from shards to batches, against what two cores can decode and against other loaders."""
 
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 from benchmarks import contest
 from benchmarks.measure import Row, interleaved, progress, ratios, spread
 
 BATCH = 32
 WORKERS = 2
+MIXTURE = "caption,vqa,text"
+OURS_2 = "dsvlm loader, captions, 2 workers"
 
 
 def make_tokenizer(root: Path) -> None:
@@ -22,53 +26,73 @@ def make_tokenizer(root: Path) -> None:
 
 
 def measure_limit(root: Path, repeats: int, warm: int, timed: int) -> list[Row]:
-    """Row b: images per second of the loader with 0, 1 and 2 workers, and the cores' decode limit."""
+    """Row b: images per second of the loader with 0, 1 and 2 workers, and the cores' decode limit.
+
+    The limit has the allocator's settings that the loader gives its workers.
+    """
     make_tokenizer(root)
-    go = partial(images_per_second, root, warm=warm, timed=timed)
-    mixture = "caption,vqa,text"
     contestants = {
-        "limit": partial(go, contest.LIMIT), "limit with text": partial(go, contest.LIMIT_TEXT),
-        "2": partial(go, contest.OURS), "2 mixed": partial(go, contest.OURS, tasks=mixture),
-        "1": partial(go, contest.OURS, workers=1), "0": partial(go, contest.OURS, workers=0),
-    }  # fmt: skip
-    found = interleaved(contestants, repeats)
-    names = {
-        "limit": "2 processes that only decode from memory (limit)",
-        "limit with text": "2 processes that decode and tokenise from memory",
-        "2": "dsvlm loader, captions, 2 workers", "2 mixed": "dsvlm loader, captions, questions and plain text, 2 workers",
-        "1": "dsvlm loader, captions, 1 worker", "0": "dsvlm loader, captions, in the trainer's process",
-    }  # fmt: skip
-    rows = [spread("b", names[name], found[name], "images/s") for name in contestants]
-    share = spread("b", "dsvlm loader, 2 workers: share of the decode limit", ratios(found, "2", "limit"), "")
-    rows.append(Row(**share.to_dict() | {"goal": ">= 0.95", "met": share.value >= 0.95}))
-    return rows
+        "2 processes that only decode from memory (limit)": Contestant(contest.LIMIT, tuned=True),
+        "2 processes that decode and tokenise from memory": Contestant(contest.LIMIT_TEXT, tuned=True),
+        OURS_2: Contestant(contest.OURS),
+        "dsvlm loader, captions, questions and plain text, 2 workers": Contestant(contest.OURS, tasks=MIXTURE),
+        "dsvlm loader, captions, 1 worker": Contestant(contest.OURS, workers=1),
+        "dsvlm loader, captions, in the trainer's process": Contestant(contest.OURS, workers=0),
+    }
+    found, rows = race("b", contestants, root, repeats, warm, timed)
+    limit = next(iter(contestants))
+    share = spread("b", "dsvlm loader, 2 workers: share of the decode limit", ratios(found, OURS_2, limit), "")
+    return [*rows, Row(**share.to_dict() | {"goal": ">= 0.95", "met": share.value >= 0.95})]
 
 
-def measure_peers(root: Path, repeats: int, warm: int, timed: int) -> list[Row]:
-    """Row c: images per second with 2 workers, ours and every peer that is installed."""
+def measure_peers(root: Path, repeats: int, warm: int, timed: int, tuned: bool = True) -> list[Row]:
+    """Row c: images per second with 2 workers, ours and every peer that is installed.
+
+    Peers run as documented and, `tuned`, again with the allocator's settings that our loader gives its workers.
+    """
     from benchmarks.peers import PEERS, prepare
 
     make_tokenizer(root)
-    go = partial(images_per_second, root, warm=warm, timed=timed)
-    contestants, missing = {contest.OURS: partial(go, contest.OURS)}, []
-    for name, (package, _, _) in PEERS.items():
-        if not installed(package):
-            missing.append(name)
-            continue
-        prepare(name, root / "caption", root / "peers")
-        contestants[name] = partial(go, name)
-    if missing:
+    names = [name for name, (package, _, _) in PEERS.items() if installed(package)]
+    if missing := sorted(set(PEERS) - set(names)):
         progress(f"not installed, left out: {', '.join(missing)} (benchmarks/requirements.txt)")
-    found = interleaved(contestants, repeats)
-    rows = [spread("c", f"{name}, 2 workers", values, "images/s") for name, values in found.items()]
-    for name in [name for name in found if name != contest.OURS]:
-        row = spread("c", f"dsvlm against {name}", ratios(found, contest.OURS, name), "times")
+    contestants = {OURS_2: Contestant(contest.OURS)}
+    for name in names:
+        prepare(name, root / "caption", root / "peers")
+        contestants[f"{name}, 2 workers"] = Contestant(name)
+    for name in names if tuned else ():
+        contestants[f"{name}, 2 workers, our allocator settings"] = Contestant(name, tuned=True)
+    found, rows = race("c", contestants, root, repeats, warm, timed)
+    for name in list(contestants)[1:]:
+        row = spread("c", f"dsvlm against {name}", ratios(found, OURS_2, name), "times")
         rows.append(Row(**row.to_dict() | {"goal": "> 1", "met": row.value > 1}))
     return rows
 
 
-def images_per_second(root: Path, name: str, *, warm: int, timed: int, workers: int = WORKERS, tasks="caption"):
-    return contest.run(name, root, workers=workers, batch=BATCH, warm=warm, timed=timed, tasks=tasks)["rate"]
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    workers: int = WORKERS
+    tasks: str = "caption"
+    tuned: bool = False
+
+
+def race(part: str, contestants: dict[str, Contestant], root: Path, repeats: int, warm: int, timed: int):
+    """(images per second of each repeat, rows): interleaved runs, processor time in the note."""
+    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+
+    def run(name: str) -> float:
+        chosen = asdict(contestants[name])
+        result = contest.run(chosen.pop("name"), root, batch=BATCH, warm=warm, timed=timed, **chosen)
+        cpu[name].append(result["cpu"])
+        return result["rate"]
+
+    found = interleaved({name: partial(run, name) for name in contestants}, repeats)
+    rows = [
+        spread(part, name, rates, "images/s", note=f"{median(cpu[name]):.2f} CPU seconds per 1,000")
+        for name, rates in found.items()
+    ]
+    return found, rows
 
 
 def installed(package: str) -> bool:

@@ -110,7 +110,7 @@ def photograph(rng: np.random.Generator, fields: np.ndarray, size: tuple[int, in
 
     planes, brightness = [], rng.uniform(15, 60)
     for contrast in (brightness, brightness / 4, brightness / 4):
-        y, x = (int(rng.integers(0, limit - side + 1)) for limit, side in zip(fields.shape[1:], size[::-1], strict=True))
+        x, y = (int(rng.integers(0, fields.shape[1] - side + 1)) for side in size)
         crop = fields[rng.integers(len(fields)), y : y + size[1], x : x + size[0]]
         crop = crop[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
         planes.append(Image.fromarray(np.clip(128 + contrast * crop, 0, 255).astype(np.uint8)))

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: interleaved repeats, medians with their range, the machine's load, memory of processes."""
+"""How the benchmarks measure: interleaved repeats, medians and ranges, the machine's load, memory of processes."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Row g: memory of the loader's worker processes over epochs: `python -m benchmarks.memory` is run by benchmarks.data."""
+"""Row g: memory of the loader's worker processes over epochs, in a process of its own."""
 
 import argparse
 import gc

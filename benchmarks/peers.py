@@ -1,4 +1,4 @@
-"""The other loaders, each as its documentation says, on the same JPEG bytes, with the same decoder, tokenizer and batch.
+"""The other loaders, each as its documentation says, on the same JPEG bytes; same decoder, tokenizer and batch.
 
 Every contestant is two functions: `prepare(inputs, directory)` writes what it reads, once, and `open(work)` gives its
 batches without end or for one epoch. Where documentation leaves a choice, the faster one was taken.
@@ -39,18 +39,21 @@ class Work:
         self.decode = make_decoder("pillow", PIXELS)
 
     def encode(self, image: bytes, record: dict) -> tuple[torch.Tensor, list[int], list[int]]:
-        """(pixels [3, P, P] uint8, tokens, targets) of a caption."""
+        """(pixels [P, P, 3] uint8, as decoders have them; tokens; targets) of a caption."""
         text = encode_sample(TASK_TYPES["caption"]().sample(record), self.codec, 256, False)
-        return torch.from_numpy(self.decode(image)), text.tokens, text.targets
+        return torch.from_numpy(self.decode(image).transpose(1, 2, 0)), text.tokens, text.targets
 
     def collate(self, samples: list) -> dict[str, torch.Tensor]:
-        """A padded batch; `default_collate` stacks pixels straight into shared memory when it runs in a worker."""
+        """A padded batch, pixels [N, 3, P, P] in any order of memory.
+
+        `default_collate` stacks straight into shared memory when it runs in a worker.
+        """
         pixels, tokens, targets = zip(*samples, strict=True)
         length = max(map(len, tokens))
         text = np.full((2, len(tokens), length), self.codec.pad_id, np.int64)
         for row, (ids, wanted) in enumerate(zip(tokens, targets, strict=True)):
             text[0, row, : len(ids)], text[1, row, : len(wanted)] = ids, wanted
-        return {"pixels": default_collate(list(pixels)), "text": torch.from_numpy(text)}
+        return {"pixels": default_collate(list(pixels)).permute(0, 3, 1, 2), "text": torch.from_numpy(text)}
 
 
 def samples_of(source: Path) -> Iterator[tuple[str, bytes, bytes]]:
@@ -153,9 +156,9 @@ def open_litdata(work: Work) -> Iterable:
     )
 
 
-# Energon: https://nvidia.github.io/Megatron-Energon (quickstart; "Crude datasets"; "Programmatic data preparation"): our
-# own tars prepared in place of links, a cooker, encode_sample and batch in the task encoder; get_loader, which is
-# get_savable_loader without its snapshots.
+# Energon: https://nvidia.github.io/Megatron-Energon (quickstart; crude datasets; data preparation by program): our very
+# tars, prepared; a cooker, encode_sample and batch in the task encoder; get_loader, which is get_savable_loader without
+# its snapshots.
 def prepare_energon(source: Path, directory: Path) -> None:
     from megatron.energon.flavors import BaseWebdatasetFactory
 

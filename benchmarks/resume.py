@@ -14,8 +14,6 @@ from benchmarks.measure import Row, progress, spread
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.manifest import MANIFEST, SHARDS, arrow_bytes, load_manifest, manifest_bytes
 
-SHARDS_OF_HUGE = 10_000
-SAMPLES_OF_SHARD = 100_000
 TASKS = 64
 STATE_LIMIT = 1024  # bytes
 
@@ -73,7 +71,7 @@ def make_huge(source: Path, target: Path, shards: int, samples: int) -> Path:
     return target
 
 
-def measure_resume(root: Path, repeats: int, shards: int = SHARDS_OF_HUGE, samples: int = SAMPLES_OF_SHARD) -> list[Row]:
+def measure_resume(root: Path, repeats: int, shards: int, samples: int) -> list[Row]:
     """Seconds to the first batch at the start, in the middle and at 99 % of an epoch.
 
     From constructed objects: manifests are read and the loader's workers are up, but no step was asked for and no shard
