@@ -21,7 +21,7 @@ def _add_preview(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="shown of each task (default 6)")
     parser.add_argument("--out", type=Path, default=Path("preview.html"), help="page to write (default preview.html)")
     parser.add_argument("--tokenizer", metavar="DIR", help="another vocabulary than the recipe's")
-    parser.epilog = "example:\n  %(prog)s quickstart --steps 0:4 --out preview.html"
+    parser.epilog = "example:\n  %(prog)s quickstart --steps 0:4 --out preview.html\n\nexit code 1: samples are masked"
     _add_json(parser)
     parser.set_defaults(run=_preview)
 
@@ -73,7 +73,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", metavar="N,N", help="loader processes to try, of a recipe (default 0,1,2)")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each row (default 3)")
     parser.add_argument("--image-size", type=int, metavar="P", help="pixels of a side (default: the recipe's, or 224)")
-    parser.epilog = "example:\n  %(prog)s quickstart --workers 0,2,4"
+    parser.epilog = "example:\n  %(prog)s quickstart --workers 0,2,4\n\nexit code 1: damaged samples were met"
     _add_json(parser)
     parser.set_defaults(run=_bench)
 
@@ -107,7 +107,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mb-per-s", type=float, default=200.0, help="of one stream from the store (default 200)")
     parser.add_argument("--cache-mb", type=int, help="of the node (default: the recipe's data.remote_cache_mb)")
     parser.add_argument("--step-seconds", type=float, help="time of one update, for the store to keep up with")
-    parser.epilog = "example:\n  %(prog)s quickstart --world-size 64 --step-seconds 1.5"
+    parser.epilog = "example:\n  %(prog)s quickstart --world-size 64 --step-seconds 1.5\n\nexit code 1: there are findings"
     _add_json(parser)
     parser.set_defaults(run=_simulate)
 
