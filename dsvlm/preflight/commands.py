@@ -107,7 +107,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mb-per-s", type=float, default=200.0, help="of one stream from the store (default 200)")
     parser.add_argument("--cache-mb", type=int, help="of the node (default: the recipe's data.remote_cache_mb)")
     parser.add_argument("--step-seconds", type=float, help="time of one update, for the store to keep up with")
-    parser.epilog = "example:\n  %(prog)s quickstart --world-size 64 --step-seconds 1.5\n\nexit code 1: there are findings"
+    parser.epilog = "example:\n  %(prog)s quickstart --world-size 64 --step-seconds 1.5\n\nexit code 1: findings"
     _add_json(parser)
     parser.set_defaults(run=_simulate)
 

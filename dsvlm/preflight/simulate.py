@@ -196,8 +196,8 @@ def render(report: dict) -> str:
     execution, reads, cache, store = (report[key] for key in ("execution", "reads", "cache", "store"))
     last = report["steps"][1] - 1
     lines = [
-        f"{report['recipe']} on {report['world_size']} ranks, {report['nodes']} nodes; node {report['node']} "
-        f"({report['ranks']} ranks) over steps {report['steps'][0]} to {last}, from manifests alone",
+        f"{report['recipe']}: node {report['node']} of {report['nodes']}, with {report['ranks']} of "
+        f"{report['world_size']} ranks, over steps {report['steps'][0]} to {last}, from manifests alone",
         "",
         *table([
             ["task", "samples", "epochs", "steps per epoch"],

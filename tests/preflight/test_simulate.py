@@ -199,7 +199,7 @@ def test_command(recipe, capsys):
     assert code == 1 and "stay empty" in report["findings"][0] and report["execution"]["idle_share"] > 0.5
     assert run(arguments) == 1
     told = capsys.readouterr().out
-    assert "it keeps up" in told and "finding: " in told and "12 ranks, 2 nodes" in told
+    assert "it keeps up" in told and "finding: " in told and "node 0 of 2, with 8 of 12 ranks" in told
     assert run([*arguments[:4], "1", "--steps", "0:4"]) == 0
 
 
