@@ -6,7 +6,7 @@ With equal gradients, losses are equal too, update for update: their spread is t
 import pytest
 
 from dsvlm.train.build import make_tokenizer, plan_run
-from dsvlm.train.lengths import make_lengths
+from dsvlm.train.lengths import beside_shards, make_lengths
 from tests.dist.recipes import STRATEGIES, tiny
 from tests.dist.test_gradient import assert_equal
 
@@ -25,9 +25,10 @@ CUTS = {
 def root(data_root):
     """The data, with lengths next to the shards."""
     planned = plan_run(tiny(data_root, **BUCKETS))
-    directories = {name: manifest.path for name, manifest in planned.manifests.items()}
-    make_lengths(planned, make_tokenizer(planned), directories)
-    return data_root
+    made = make_lengths(planned, make_tokenizer(planned), beside_shards(planned))
+    yield data_root
+    for path in made.values():
+        path.unlink()
 
 
 @pytest.fixture(scope="module")
