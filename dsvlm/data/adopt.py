@@ -34,7 +34,7 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     names = [shard_name(shard, out) for shard in shards]
     indexes = [index_name(name, number) for number, name in enumerate(names)]
     for index in indexes:
-        if indexes.count(index) > 1 or (out / index).exists():
+        if indexes.count(index) > 1 or index == SHARDS or (out / index).exists():
             raise ValueError(f"{out / index} exists, or is the index of two shards: choose another --out")
     part = out / PARTIAL
     shutil.rmtree(part, ignore_errors=True)
