@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -94,32 +95,35 @@ def write_lengths(path: Path, table: np.ndarray) -> None:
 
 def count_lengths(
     source, codec: TextCodec, max_length: int, *, encoder_decoder: bool, workers: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable], Iterable] = iter, chunk: int = CHUNK,
 ) -> np.ndarray:  # fmt: skip
     """Encode every sample of a task and return its lengths, [samples, 2] uint16; bad samples count as they are masked.
 
-    source: as the loader's; workers: processes, 0 = this one; progress: wraps the chunks of CHUNK samples.
+    source: as the loader's; workers: processes, 0 = this one; progress: wraps the chunks of samples.
     """
     if max_length > LARGEST:
         raise ValueError(f"text.max_length: {max_length} is more than side files of lengths hold ({LARGEST}); lower it")
-    starts = range(0, len(source.reader), CHUNK)
+    size = len(source.reader)
+    chunks = [range(start, min(start + chunk, size)) for start in range(0, size, chunk)]
     count = partial(_count, source, codec, max_length, encoder_decoder)
-    parts = list(progress(_mapped(count, starts, workers)))
+    parts = list(progress(_mapped(count, chunks, workers if len(chunks) > 1 else 0)))
     return np.concatenate(parts) if parts else np.zeros((0, 2), np.uint16)
 
 
-def _mapped(count: Callable[[int], np.ndarray], starts: range, workers: int) -> Iterator[np.ndarray]:
+def _mapped(count: Callable[[range], np.ndarray], chunks: list[range], workers: int) -> Iterator[np.ndarray]:
     if not workers:
-        yield from map(count, starts)
+        yield from map(count, chunks)
         return
     # Spawned: the caller may hold threads, and those of tokenizers do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(count, starts)
+        try:
+            yield from pool.map(count, chunks)
+        except BrokenProcessPool as error:
+            raise ValueError(f"a process that counted lengths was ended from outside ({error}): start again") from error
 
 
-def _count(source, codec: TextCodec, max_length: int, encoder_decoder: bool, start: int) -> np.ndarray:
-    """Lengths of the samples start .. start + CHUNK - 1."""
-    masked, samples = masked_sample(codec, encoder_decoder), range(start, min(start + CHUNK, len(source.reader)))
+def _count(source, codec: TextCodec, max_length: int, encoder_decoder: bool, samples: range) -> np.ndarray:
+    masked = masked_sample(codec, encoder_decoder)
     source.reader.fetch(np.array(samples), when=0)
     found = []
     for sample in samples:

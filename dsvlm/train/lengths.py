@@ -98,7 +98,8 @@ def progress_bar(items, **options):
 def make_run_lengths(planned: Planned, codec: TextCodec) -> None:
     """Rank 0's part at a start: makes what `dsvlm data lengths` has not made, in the run directory."""
     if planned.recipe.train.micro_tokens:
-        make_lengths(planned, codec, dict.fromkeys(planned.manifests, planned.recipe.run_dir))
+        here = dict.fromkeys(planned.manifests, planned.recipe.run_dir)
+        make_lengths(planned, codec, here, planned.recipe.data.workers)
 
 
 def open_lengths(planned: Planned, codec: TextCodec) -> dict[str, Lengths]:

@@ -142,14 +142,12 @@ def test_remote_shards(root, codec, tmp_path):
         assert (lengths.table == count_lengths(source, codec, 64, encoder_decoder=False)).all()
 
 
-def test_in_processes(root, codec, tmp_path, monkeypatch):
+def test_in_processes(root, codec, tmp_path):
     source = make_sources(planned_at(root, tmp_path))[0]
-    options = {"encoder_decoder": False}
-    alone = count_lengths(source, codec, 64, **options)
-    monkeypatch.setattr("dsvlm.data.lengths.CHUNK", 9)
-    assert (count_lengths(source, codec, 64, **options) == alone).all()
-    monkeypatch.undo()
-    assert (count_lengths(source, codec, 64, workers=1, **options) == alone).all()
+    alone = count_lengths(source, codec, 64, encoder_decoder=False)
+    assert len(alone) == SAMPLES
+    for workers in (0, 2):
+        assert (count_lengths(source, codec, 64, encoder_decoder=False, workers=workers, chunk=9) == alone).all()
 
 
 def test_round_trip(tmp_path):
