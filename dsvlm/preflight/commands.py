@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+TOLD = 20  # masked samples that are printed
 _EXAMPLE = argparse.RawDescriptionHelpFormatter
 
 
@@ -43,8 +44,10 @@ def _preview(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
     else:
-        for entry in report["masked"]:
+        for entry in report["masked"][:TOLD]:
             print(f"masked: task {entry['task']}, {entry['where']}: {entry['reason']}")
+        if len(report["masked"]) > TOLD:
+            print(f"masked: {len(report['masked']) - TOLD} more, which --json lists")
         print(report["page"])
     return 1 if report["masked"] else 0
 

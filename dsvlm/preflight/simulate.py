@@ -184,10 +184,11 @@ def findings(report: dict, planned: Planned) -> list[str]:
             f"{store['samples_per_request']:.1f} samples"
         )
     if idle > IDLE and not by_length:  # units cut by length hold unlike numbers of samples, and cost the same
+        straddle = planned.schedule.strategy == "accumulate" and planned.schedule.rounds == "task"
         found.append(
-            f"{idle:.0%} of the places for samples stay empty: raise tasks.*.samples, set schedule.rounds=packed, or "
-            "use fewer ranks"
-        )
+            f"{idle:.0%} of the places for samples stay empty: raise tasks.*.samples, "
+            + ("set schedule.rounds=packed, " if straddle else "") + "or use fewer ranks"
+        )  # fmt: skip
     return found
 
 

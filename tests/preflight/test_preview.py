@@ -239,6 +239,13 @@ def test_shard_set(recipe, tmp_path, capsys):
     assert "<script" not in out.read_text()
 
 
+def test_many_masked_samples_are_counted(recipe, tmp_path, capsys):
+    short = ["--set", "text.max_length=16", "--steps", "0:4", "--out", str(tmp_path / "short.html")]
+    assert run(["data", "preview", str(recipe), *short]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 22 and "more, which --json lists" in lines[20]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["nothing"], "no recipe 'nothing'"),
     (["RECIPE", "--steps", "3:1"], "--steps 3:1: expected A:B"),
