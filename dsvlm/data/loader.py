@@ -16,7 +16,7 @@ from dsvlm.data.workers import Workers
 
 __all__ = ["Draft", "LoadedWindow", "Loader", "LoaderConfig", "Source"]
 WINDOWS_AHEAD = 2  # whose texts are read while an earlier one trains
-FETCHES, TEXTS, IMAGES = 4096, 32, 8  # items of a job, at most
+FETCHES, TEXTS, IMAGES = 4096, 32, 16  # items of a job, at most
 
 
 class Loader:
@@ -169,9 +169,8 @@ class Loader:
                 missing.append(place)
             else:
                 images.pixels[place] = known
-        piece = min(IMAGES, -(-len(missing) // max(1, self.config.workers)))
-        for first in range(0, len(missing), max(1, piece)):
-            places = missing[first : first + piece]
+        for first in range(0, len(missing), IMAGES):
+            places = missing[first : first + IMAGES]
             job = Job("image", [(drafts[place].task, drafts[place].sample) for place in places], step)
             job.pixels = [images.pixels[place] for place in places]
             job.starts = [start + place * 3 * size * size for place in places]

@@ -10,6 +10,7 @@ from dsvlm.data.boxes import encode_box, location_tokens
 from dsvlm.data.sample import Boxes, Text
 
 LOCATIONS = re.compile(r"((?:<loc_\d+>\s*)+)")  # a run of location tokens
+KNOWN = 4096
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0..3 of a trained vocabulary
 
 
@@ -23,9 +24,10 @@ class Encoder:
     def __init__(self, backend, bins: int, *, bos_id: int, eos_id: int, pad_id: int, control: set[int], space: str):
         self.backend, self.bins, self.space = backend, bins, space
         self.bos_id, self.eos_id, self.pad_id, self.control = bos_id, eos_id, pad_id, control
+        self.known: dict[str, list[int]] = {}  # the first KNOWN texts: prompts and short answers come again and again
 
     def encode(self, segment: Text | Boxes, first: bool) -> list[int]:
-        """Ids of one segment, without special tokens; `first`: nothing stands before it in its row."""
+        """Ids of one segment (read-only), without special tokens; `first`: nothing stands before it in its row."""
         if isinstance(segment, Boxes):
             text = "".join(encode_box(box, self.bins) for box in segment.boxes)
         else:
@@ -33,9 +35,14 @@ class Encoder:
             text = segment.text if glued else self.space + segment.text
         # A "</s>" that stands in the data is text, not the end of the sequence. Unigram vocabularies hold it as a piece
         # like any other, and find it all the same: it is left out.
-        self.backend.encode_special_tokens = True
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [i for i in ids if i not in self.control]
+        ids = self.known.get(text)
+        if ids is None:
+            self.backend.encode_special_tokens = True
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+            ids = [i for i in ids if i not in self.control]
+            if len(self.known) < KNOWN and len(text) <= 100:
+                self.known[text] = ids
+        return ids
 
 
 class TextCodec(Encoder):

@@ -14,7 +14,7 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
-from dsvlm.train.rundir import prepare_run
+from dsvlm.train.rundir import prepare_run, run_decoder
 from tests.dist.recipes import tiny
 
 TASKS = {
@@ -205,3 +205,34 @@ def test_too_many_bad_samples_stop_all_ranks_with_one_message(root, tmp_path):
     masked = [json.loads(line)["masked"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert sum(masked) == len(journal)
     assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_a_run_keeps_the_decoder_that_auto_was(root, tmp_path, monkeypatch):
+    """Also where another one is installed later; runs from before it was recorded were decoded by Pillow."""
+    from dsvlm.data import transforms
+
+    def decoder_of(name, **changes):
+        planned = plan_run(tiny(root, tasks=TASKS, output=str(tmp_path / name), **changes))
+        prepare_run(planned)
+        return run_decoder(planned)
+
+    there = transforms.find_spec
+    monkeypatch.setattr(transforms, "find_spec", lambda name: None if name == "simplejpeg" else there(name))
+    assert decoder_of("old") == "pillow"
+    with pytest.raises(ValueError, match="data.decoder.*simplejpeg, which is not installed here"):
+        decoder_of("other", data__decoder="simplejpeg")
+    assert not (tmp_path / "other/run.json").exists()
+    monkeypatch.setattr(transforms, "find_spec", lambda name: True)
+    assert decoder_of("old") == "pillow" and decoder_of("new") == "simplejpeg" and decoder_of("new") == "simplejpeg"
+    path = tmp_path / "old/run.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "decoder"}))
+    assert decoder_of("old") == "pillow"
+    monkeypatch.setattr(transforms, "find_spec", lambda name: None if name == "simplejpeg" else there(name))
+    with pytest.raises(ValueError, match="not installed here"):
+        decoder_of("new")
+
+
+def test_a_worker_that_hangs_must_be_replaced_before_the_ranks_give_up(root):
+    with pytest.raises(ValueError, match=r"data.worker_timeout: 20 seconds must be less than train.timeout \(20\)"):
+        tiny(root, data__workers=1, train__timeout=20)
+    tiny(root, data__workers=0, train__timeout=20)
