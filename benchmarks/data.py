@@ -34,10 +34,12 @@ class Size:
     timed: int
     epochs: tuple[int, ...]
     huge: tuple[int, int]  # shards, samples of each
+    indexed: int  # samples
+    seconds: float  # of each figure of the plan
 
 
-FULL = Size(8000, 5, 64, 96, (1, 5, 10), (10_000, 100_000))
-QUICK = Size(640, 1, 4, 6, (1, 2), (100, 1000))
+FULL = Size(8000, 5, 64, 96, (1, 5, 10), (10_000, 100_000), 100_000_000, 0.2)
+QUICK = Size(640, 1, 4, 6, (1, 2), (100, 1000), 200_000, 0.02)
 
 
 def measure(part: str, root: Path, work: Path, size: Size) -> list[Row]:
@@ -55,7 +57,7 @@ def measure(part: str, root: Path, work: Path, size: Size) -> list[Row]:
     if part == "d":
         from benchmarks.resume import measure_state
 
-        return measure_state(root, work)
+        return plan_rows(size) + measure_state(root, work)
     if part == "e":
         from benchmarks.resume import measure_resume
 
@@ -65,14 +67,24 @@ def measure(part: str, root: Path, work: Path, size: Size) -> list[Row]:
 
         return measure_store(root, work, size.repeats, size.warm, size.timed)
     if part == "g":
-        from benchmarks.memory import measure_memory
+        from benchmarks.memory import measure_index, measure_memory
 
-        return measure_memory(root, size.epochs)
+        return measure_memory(root, size.epochs) + measure_index(size.indexed)
     if part == "h":
         from benchmarks.coverage import measure_coverage
 
         return measure_coverage(root)
     return padding_rows()
+
+
+def plan_rows(size: Size) -> list[Row]:
+    """The smallest and largest world of `benchmarks.plan`, which shows all."""
+    from benchmarks import plan
+
+    ends = [f", W = {world:,}" for world in (plan.WORLDS[0], plan.WORLDS[-1])]
+    found = [row for row in plan.plan_rows(size.repeats, size.seconds) if row.what.endswith(tuple(ends))]
+    found += plan.digest_rows(size.repeats)
+    return [dataclasses.replace(row, part="d", what=f"{row.part}: {row.what}") for row in found]
 
 
 def padding_rows() -> list[Row]:

@@ -54,7 +54,7 @@ def make_inputs(work: Path, samples: int, processes: int = 2) -> Inputs:
 def write_set(root: Path, name: str, samples: int) -> None:
     """One shard set; shard sizes differ by up to four times."""
     rng = np.random.default_rng([VERSION, sum(name.encode())])
-    shards = min(SHARDS, samples // 2)
+    shards = min(SHARDS, max(1, samples // 2))
     cuts = np.cumsum(rng.uniform(1, 4, shards))
     starts = set((cuts[:-1] / cuts[-1] * samples).astype(int).tolist())
     kind = {"vqa": "vqa", "text": "vqa"}.get(name, "caption")
@@ -65,7 +65,7 @@ def write_set(root: Path, name: str, samples: int) -> None:
 
 
 def make_samples(name: str, samples: int, rng: np.random.Generator) -> Iterator[dict[str, bytes]]:
-    fields = noise_fields(rng, 12)
+    fields = noise_fields(rng, 0 if name == "text" else min(12, samples // 4 + 1))
     for _ in range(samples):
         if name in ("caption", "large"):
             record = {"caption": words(rng, int(rng.integers(8, 18)))}

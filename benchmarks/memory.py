@@ -14,6 +14,7 @@ from benchmarks.measure import Row, children, progress, pss_mb
 
 GROWTH = 0.05  # of the memory after one epoch
 WORKERS, BATCH = 2, 32
+INDEX_LIMIT = 200  # MB
 
 
 def measure_memory(root: Path, epochs: tuple[int, ...] = (1, 5, 10)) -> list[Row]:
@@ -30,6 +31,18 @@ def measure_memory(root: Path, epochs: tuple[int, ...] = (1, 5, 10)) -> list[Row
     growth = last / first - 1
     goal = {"goal": f"<= {GROWTH:.0%}", "met": growth <= GROWTH}
     return [*rows, Row("g", f"growth from {min(found)} to {max(found)} epochs", 100 * growth, "%", **goal)]
+
+
+def measure_index(samples: int) -> list[Row]:
+    """What the index of a large set costs a process of its own memory, and what a node's workers share of the files."""
+    command = [sys.executable, "-m", "benchmarks.index_memory", "--samples", str(samples)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    own = max(one["own_mib"] for one in found)
+    pages = max(one["mib_after"]["Rss"] - one["mib_after"]["Anonymous"] for one in found)
+    note = f"and {pages:.0f} MB of mapped files at most, the page cache's, shared by the node's processes"
+    what = f"memory of its own that a worker needs for an index of {samples:,} samples"
+    return [Row("g", what, own, "MB", goal="< 200 MB", met=own < INDEX_LIMIT, note=note)]
 
 
 def main() -> None:
