@@ -11,12 +11,12 @@ from dsvlm.preflight.lengths import Cut
 from dsvlm.preflight.node import NodeReads, node_reads
 from dsvlm.preflight.simulate import useful_share
 from dsvlm.preflight.table import table
-from dsvlm.schedule.plan import Stream
+from dsvlm.schedule.plan import Schedule, Stream
 from dsvlm.schedule.preview import preview
 from dsvlm.schedule.strategy import idle_share
 from dsvlm.train.build import Planned, plan_run
 
-STEPS, RANKS = 8, 8  # at most so many of each are located; counts, epochs and the idle share come from all
+STEPS, RANKS = 16, 8  # at most so many of each are located; counts, epochs and the idle share come from all
 SAMPLES = 2**20  # of windows that are cut by length, which takes time in proportion
 
 
@@ -39,34 +39,34 @@ def summarise(planned: Planned, cut: Cut, world_size: int) -> dict:
     mean = int(taken.sum()) // steps
     number = min(STEPS, SAMPLES // mean + 1) if by_length else STEPS
     looked, ranks = spread(steps, number), spread(world_size, RANKS)
-    windows = [planned.plan.window(step) for step in looked]
-    reads = [
-        node_reads(planned.plan, planned.manifests.values(), [(one, cut.deal(one))], ranks, range(step, step + 1))
-        for step, one in zip(looked, windows, strict=True)
-    ]
-    exact = not by_length and planned.plan.control is None
+    reads = []
+    for step in looked:
+        window = planned.plan.window(step)
+        dealt = [(window, cut.deal(window))]
+        reads.append(node_reads(planned.plan, planned.manifests.values(), dealt, ranks, range(step, step + 1)))
+    exact = planned.recipe.train.micro_tokens == 0 and planned.plan.control is None
     parts = phases(planned, steps) if exact else [(step, 1) for step in looked]
     step_bytes = sum(
         count * sum(manifest.bytes) / manifest.samples / steps
         for manifest, count in zip(planned.manifests.values(), taken.tolist(), strict=True)
     )
-    most = np.max([np.bincount(one.table[:, 0], one.counts, len(taken)) for one in windows], axis=0)
     useful = [useful_share(planned, one, cut.tables) for one in reads]
-    requests = [float(one.requests(np.ones(len(one.task), bool))[0].sum()) / len(ranks) for one in reads]
+    requests = sum(float(one.requests(np.ones(len(one.task), bool))[0].sum()) for one in reads)
+    requests *= taken.sum() / steps / sum(len(one.task) for one in reads)
     return {
         "recipe": planned.recipe.name, "steps": steps, "world_size": world_size,
         "strategy": planned.schedule.strategy, "phases": len(planned.schedule.table),
         "tasks": {
             stream.name: task_row(stream, int(taken[index]), steps)
             | shards_open([shards_of(one, index) for one in reads])
-            | {"shards_open_bound": shards_bound(stream, planned.schedule.group, int(most[index]))}
+            | {"shards_open_bound": shards_bound(stream, planned.schedule.group, most(planned.schedule, index))}
             for index, stream in enumerate(planned.schedule.streams)
         },
         "execution": execution(planned, cut.deal, parts, world_size) | {"exact": exact},
         "padding": None if None in useful else {"useful_share": float(np.mean(useful))},
         "reads": {
             "bytes": step_bytes, "bytes_per_rank": step_bytes / world_size,
-            "requests": float(np.mean(requests)) * world_size, "requests_per_rank": float(np.mean(requests)),
+            "requests": float(requests), "requests_per_rank": float(requests) / world_size,
         },
         "looked_at": {"steps": looked, "ranks": ranks},
     }  # fmt: skip
@@ -119,6 +119,12 @@ def shards_of(reads: NodeReads, task: int) -> np.ndarray:
     here = reads.task == task
     pairs = np.unique(np.stack([reads.rank[here], reads.shard[here]]), axis=1)
     return np.unique(pairs[0], return_counts=True)[1]
+
+
+def most(schedule: Schedule, task: int) -> int:
+    """Samples of a task that one window may hold."""
+    share = max(phase.shares[task] for phase in schedule.table)
+    return min(share, 1) * schedule.samples if schedule.cyclic else share
 
 
 def shards_bound(stream: Stream, group: int, count: int) -> int:
