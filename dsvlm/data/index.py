@@ -5,12 +5,12 @@ import struct
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from dsvlm.data.checksum import crc32
 from dsvlm.data.manifest import Manifest, arrow_bytes
 from dsvlm.data.stream import LocalFile, Stream
 from dsvlm.data.tar import DamagedTar, Member, walk

@@ -8,10 +8,10 @@ from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate
-from zlib import crc32
 
 import numpy as np
 
+from dsvlm.data.checksum import crc32
 from dsvlm.data.fields import make_record
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.manifest import Manifest, is_url
@@ -85,7 +85,7 @@ class ShardReader:
     def read(self, sample: int, extension: str, check: bool = True) -> bytes:
         """The bytes of one member; BadSample when it is absent or damaged.
 
-        check: compare the checksum, at the price of a pass over the bytes (some 4 GB/s).
+        check: compare the checksum, at the price of a pass over the bytes (`checksum.py`).
         """
         shard, row = self._find(sample)
         return shard.read(row, extension, check)

@@ -180,3 +180,12 @@ def test_what_is_written_is_read_by_us_and_by_webdataset(samples, shard_bytes):
         found = [(sample["__key__"], {ext: sample[ext] for ext in sample if not ext.startswith("__")})
                  for sample in webdataset.WebDataset(urls, shardshuffle=False)]
         assert found == [(key, {"json": b"{}"} | members) for key, members in samples.items()]
+
+
+def test_checksums_are_zlibs():
+    from zlib import crc32 as truth
+
+    from dsvlm.data.checksum import crc32
+
+    for data in (b"", b"x", bytes(range(256)) * 300):
+        assert crc32(data) == truth(data) and crc32(data, 7) == truth(data, 7)
