@@ -1,6 +1,7 @@
 """A remote shard behind the node's cache: fetched ahead in long ranges, read in short ones."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from dsvlm.data.range_cache import RangeCache
 from dsvlm.data.remote import RemoteFile
@@ -38,11 +39,21 @@ class CachedFile:
             self.cache.forget(self.shard, offset, size)
         return self.file.read(offset, size)
 
-    def fetch(self, start: int, stop: int, step: int) -> None:
-        """Bring one range into the cache; `step`: when it is used."""
+    def fetch(self, start: int, stop: int, step: int, later: Callable[[Callable[[], object]], object]) -> None:
+        """Bring one range into the cache; `step`: when it is used.
+
+        later: runs a function in the background. Whoever reads the range meanwhile waits for it; should it fail, the
+        reader asks, and fails, itself.
+        """
         self.step = max(self.step, step)
-        if self.cache is not None:
-            self.cache.put(self.shard, start, stop, self.file.read, step)
+        if self.cache is None:
+            return
+        try:
+            part = self.cache.reserve(self.shard, start, stop, step, wait=False)
+        except OSError:
+            return
+        if part is not None:
+            later(partial(self.cache.fill, part, self.file.read))
 
 
 def coalesce(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

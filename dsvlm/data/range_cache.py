@@ -29,6 +29,16 @@ class Entry(NamedTuple):
     path: Path
 
 
+class Part(NamedTuple):
+    """A range that this process has reserved; handle: the descriptor that holds the lock."""
+
+    shard: str
+    start: int
+    stop: int
+    step: int
+    handle: int
+
+
 class RangeCache:
     """Ranges by shard; safe between threads and processes; a file in it may vanish or be damaged at any time.
 
@@ -58,27 +68,43 @@ class RangeCache:
 
         Returns the bytes when this call loaded them. A disk that is full or gone costs speed, never the run.
         """
-        covering = self._covering(shard, start, stop) or (self._look(shard, start, stop - start)
+        try:
+            part = self.reserve(shard, start, stop, step)
+        except OSError:
+            return load(start, stop - start)
+        return None if part is None else self.fill(part, load)
+
+    def reserve(self, shard: str, start: int, stop: int, step: int, wait: bool = True) -> "Part | None":
+        """The right to fetch a range, which others wait for from now on; None when it is here.
+
+        wait: for another process that is fetching it; else None then too.
+        """
+        covering = self._covering(shard, start, stop) or (self._look(shard, start, stop - start, wait)
                                                           and self._covering(shard, start, stop))
         if covering and self._touch(self._path(shard, *covering), step):
             return None
         path = self._path(shard, start, stop)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = _locked(path.with_name(path.name + PART), wait)
+        if handle is None:
+            return None
+        if self._touch(path, step):               # another process was faster
+            os.unlink(f"{path}{PART}")
+            _release(handle)
+            self._learn(shard, start, stop)
+            return None
+        return Part(shard, start, stop, step, handle)
+
+    def fill(self, part: "Part", load: Callable[[int, int], bytes]) -> bytes:
+        """Fetch a reserved range; the reservation ends, whatever happens."""
+        path = self._path(part.shard, part.start, part.stop)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            part = _locked(path.with_name(path.name + PART))
-        except OSError:
-            return load(start, stop - start)
-        try:
-            if self._touch(path, step):          # another process was faster
-                os.unlink(f"{path}{PART}")
-                self._learn(shard, start, stop)
-                return None
-            return self._write(path, part, load(start, stop - start), shard, start, stop, step)
+            return self._write(path, part, load(part.start, part.stop - part.start))
         except BaseException:
             Path(f"{path}{PART}").unlink(missing_ok=True)
             raise
         finally:
-            os.close(part)
+            _release(part.handle)
 
     def forget(self, shard: str, offset: int, size: int) -> None:
         """Remove the ranges that cover these bytes: they are damaged."""
@@ -114,22 +140,22 @@ class RangeCache:
             self._unlearn(shard, covering)
         return None
 
-    def _write(self, path: Path, part: int, data: bytes, shard: str, start: int, stop: int, step: int) -> bytes:
+    def _write(self, path: Path, part: "Part", data: bytes) -> bytes:
         try:
-            os.ftruncate(part, 0)
-            with open(part, "wb", closefd=False) as file:
+            os.ftruncate(part.handle, 0)
+            with open(part.handle, "wb", closefd=False) as file:
                 file.write(data)
-            os.utime(f"{path}{PART}", (step, step))
+            os.utime(f"{path}{PART}", (part.step, part.step))
             os.rename(f"{path}{PART}", path)
         except OSError:
             Path(f"{path}{PART}").unlink(missing_ok=True)
             return data
-        self._learn(shard, start, stop)
+        self._learn(part.shard, part.start, part.stop)
         with self._lock:
             self._unseen += len(data)
             full = self._unseen > self._room
         if full:
-            self.evict(step)
+            self.evict(part.step)
         return data
 
     def _covering(self, shard: str, start: int, stop: int) -> tuple[int, int] | None:
@@ -140,11 +166,11 @@ class RangeCache:
                     return ranges[at]
         return None
 
-    def _look(self, shard: str, offset: int, size: int) -> bool:
+    def _look(self, shard: str, offset: int, size: int, wait: bool = True) -> bool:
         """Learn what other processes fetched, and wait for what they are fetching; whether these bytes are among it."""
         found = self._ranges(shard)
         for start, stop, name in found:
-            if name.endswith(PART) and start <= offset and offset + size <= stop:
+            if wait and name.endswith(PART) and start <= offset and offset + size <= stop:
                 _wait(self.directory / shard / name)
                 found = self._ranges(shard)
                 break
@@ -198,17 +224,26 @@ class RangeCache:
                 self._known[shard].remove(covering)
 
 
-def _locked(path: Path) -> int:
-    """A descriptor of the file, locked; made anew while another process takes it away under us."""
+def _locked(path: Path, wait: bool) -> int | None:
+    """A descriptor of the file, locked, made anew while others take it away under us; None when it is theirs."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX)
         try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
                 return handle
         except FileNotFoundError:
             pass
+        except BlockingIOError:
+            os.close(handle)
+            return None
         os.close(handle)
+
+
+def _release(handle: int) -> None:
+    """Unlock before closing: a forked process may hold the same open file."""
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def _wait(path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import mmap
 import os
+import threading
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -47,8 +48,8 @@ class ShardReader:
         self._starts = [0, *accumulate(manifest.sizes)]
         self._samples = manifest.samples
         self._remote = any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
-        shared = _Shared(manifest, self._remote, cache, cache_mb)
-        self._shard = lru_cache(OPEN_SHARDS)(partial(_Shard, shared))
+        self._shared = _Shared(manifest, self._remote, cache, cache_mb)
+        self._shard = lru_cache(OPEN_SHARDS)(partial(_Shard, self._shared))
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -93,18 +94,17 @@ class ShardReader:
     def fetch(self, samples: np.ndarray, when: int) -> None:
         """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards.
 
-        Their parts of remote shards come into the node's cache, neighbours in one request, several requests at a time.
+        Their parts of remote shards come into the node's cache, neighbours in one request, several requests at a time,
+        in the background: reading one of them waits for it.
         """
         if not self._remote or not len(samples):
             return
         from dsvlm.data.cached import coalesce
-        from dsvlm.data.remote import CONCURRENT
 
-        requests = [(shard, *range_) for shard, rows, _ in self._groups(samples) if shard.is_remote
-                    for range_ in coalesce(shard.extents(rows))]
-        with ThreadPoolExecutor(min(CONCURRENT, max(1, len(requests)))) as pool:
-            for done in [pool.submit(shard.file.fetch, start, stop, when) for shard, start, stop in requests]:
-                done.result()
+        for shard, rows, _ in self._groups(samples):
+            if shard.is_remote:
+                for start, stop in coalesce(shard.extents(rows)):
+                    shard.file.fetch(start, stop, when, self._shared.later)
 
     def _find(self, sample: int) -> "tuple[_Shard, int]":
         sample = int(sample)
@@ -127,6 +127,7 @@ class _Shared:
     def __init__(self, manifest: Manifest, remote: bool, cache: str, cache_mb: int):
         self.manifest = manifest
         self.checked: set[int] = set()
+        self._process = 0                         # whose pool it is: threads do not survive a fork
         self.cache = self.stores = None
         if remote:
             from dsvlm.data.remote import Stores
@@ -142,6 +143,17 @@ class _Shared:
             from dsvlm.data.parquet import RowGroups
 
             self.groups = RowGroups()
+
+
+    def later(self, request) -> None:
+        """Run a request in the background, a few at a time; more are waited for, so that few files are open."""
+        from dsvlm.data.remote import CONCURRENT
+
+        if self._process != os.getpid():
+            self._process, self._pool = os.getpid(), ThreadPoolExecutor(CONCURRENT)
+            self._places = threading.BoundedSemaphore(2 * CONCURRENT)
+        self._places.acquire()
+        self._pool.submit(request).add_done_callback(lambda done: self._places.release())
 
 
 class _Shard:

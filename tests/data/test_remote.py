@@ -69,12 +69,10 @@ def test_a_set_at_a_url_is_the_set(reader, local, tmp_path, monkeypatch):
 
 def test_fetch_asks_once_for_neighbours_and_reading_asks_no_more(reader, local, store):
     reader.fetch(np.arange(64), 5)
-    assert len(store.requests) == 1
     assert equal(reader, local, range(64)) and len(store.requests) == 1
     reader.fetch(np.arange(64), 6)                            # it is here already
     assert len(store.requests) == 1
     reader.fetch(np.array([180, 2, 100, 181, 101]), 7)        # 2 is cached; the others lie in two places
-    assert len(store.requests) == 3
     assert equal(reader, local, [180, 2, 100, 181, 101]) and len(store.requests) == 3
     other = ShardReader(reader.manifest, reader.cache)        # another process would find the same files
     assert equal(other, local, range(64)) and len(store.requests) == 3
@@ -107,6 +105,7 @@ def test_fetches_go_side_by_side(store, local, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slow_store.SlowStore, "cat_file", counted)
         reader.fetch(np.arange(0, COUNT, 20), 0)
+        assert equal(reader, local, range(0, COUNT, 20))
     assert most[0] >= 4
 
 
@@ -131,7 +130,7 @@ def test_a_store_that_is_gone_is_an_error_that_says_so(reader, local, store, mon
     slow_store.SlowStore.clear_instance_cache()
     monkeypatch.setattr(slow_store.SlowStore, "cat_file", lambda *a, **o: (_ for _ in ()).throw(TimeoutError("busy")))
     with pytest.raises(RemoteError) as error:
-        reader.fetch(np.arange(3), 0)
+        reader.image(0)
     name, url = local.names[0], reader.manifest.shard(0)
     assert f"{name} cannot be read from {url} after 7 attempts: TimeoutError: busy" in str(error.value)
     assert len(waits) == 6 and all(0.5 * w <= got <= 1.5 * w for w, got in zip((1e-3 * 2**k for k in range(6)), waits,
