@@ -5,30 +5,25 @@ the kernel, which hands over whole messages, so none is bound to a slow one and 
 answers on a socket of its own, writes pixels into shared blocks, and says in a shared word which sample it is at.
 """
 
-import faulthandler
 import os
 import pickle
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from dsvlm.data.blocks import Blocks, BlockView
-from dsvlm.data.jobs import Job, carry_out
+from dsvlm.data.blocks import Blocks
+from dsvlm.data.jobs import Job
 from dsvlm.data.reading import Reading
+from dsvlm.data.serve import IDLE, LENGTH, MOST, PLACES, STARTING
 
-STARTING, IDLE = -1, 0  # words of a worker; others are the number of a job and the place of an item in it
-PLACES = 2**16  # of a job, at most
 PATIENCE = 300  # seconds that workers may take to start: many nodes may be reading the same Python files
 RESTARTS = 3  # without an answer in between, after which the run cannot go on
 DEATHS = 2  # of workers at the same sample, after which it is masked
-LENGTH = struct.Struct("<Q")  # before every answer
 # Images come and go by the hundred thousand bytes. By default the C library gives such memory back to the kernel each
 # time, which costs as much as decoding.
 ENVIRONMENT = {
@@ -45,7 +40,7 @@ class Workers:
     """
 
     def __init__(self, reading: Reading, count: int, timeout: float):
-        assert count > 0
+        assert 0 < count <= MOST
         self.reading, self.count, self.timeout, self.ahead = reading, count, timeout, AHEAD * count
         self.blocks = Blocks()
         self.take = self.blocks.take
@@ -78,7 +73,7 @@ class Workers:
         seen, since = None, time.monotonic()
         while job.answer is None:
             self.poll(min(1.0, self.timeout / 4))
-            sight = (len(self.jobs), self.words.tobytes())
+            sight = (len(self.jobs), self.blocks.words.tobytes())
             if sight != seen:
                 seen, since = sight, time.monotonic()
             patience = max(PATIENCE, self.timeout) if (self.words == STARTING).all() else self.timeout
@@ -123,7 +118,7 @@ class Workers:
         files = (queue.fileno(), theirs.fileno(), self.blocks.file, self.spec)
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-c", "from dsvlm.data.workers import serve; serve()", str(index), *map(str, files)],
+            [sys.executable, "-c", "from dsvlm.data.serve import serve; serve()", str(index), *map(str, files)],
             pass_fds=files, stdin=subprocess.DEVNULL,
             env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
         )  # fmt: skip
@@ -212,35 +207,3 @@ class Workers:
         if self.deaths[job.kind, task, sample] >= DEATHS:
             self.deadly[job.kind, task, sample] = f"reading it ends workers: {cause}"
         return self.reading.where(task, sample)
-
-
-def serve() -> None:
-    """A worker: jobs from the queue until it closes. Arguments: index, queue, answers, blocks, spec (descriptors)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # launchers send them to every process; the training decides when to stop
-    faulthandler.enable()
-    index, queue, answers, blocks, spec = map(int, sys.argv[1:])
-    queue, answers, view = socket.socket(fileno=queue), socket.socket(fileno=answers), BlockView(blocks)
-    with open(f"/proc/self/fd/{spec}", "rb") as file:
-        reading: Reading = pickle.load(file)
-    size = reading.config.image_size
-    view.words[index] = IDLE
-    try:
-        while message := queue.recv(2**20):
-            number, kind, items, step, starts, skip = pickle.loads(message)
-            pixels = [view.show(start, 3 * size * size).reshape(size, size, 3).transpose(2, 0, 1) for start in starts]
-
-            def begin(place: int, first: int = number * PLACES) -> None:
-                view.words[index] = first + place
-
-            try:
-                answer = carry_out(Job(kind, items, step, pixels, skip=skip), reading, begin)
-            except (ValueError, OSError) as error:
-                answer = error if type(error) in (ValueError, OSError) else ValueError(str(error))
-            except Exception:
-                answer = RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
-            data = pickle.dumps((number, answer), pickle.HIGHEST_PROTOCOL)
-            answers.sendall(LENGTH.pack(len(data)) + data)
-            view.words[index] = IDLE
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # the training has ended

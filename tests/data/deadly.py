@@ -38,3 +38,12 @@ class Unusable(Deadly):
 
     def __reduce__(self):
         return type(self), (self.manifest,), {"any": 1}
+
+
+class Patient(Deadly):
+    """A reader whose store makes it wait."""
+
+    image = ShardReader.image
+
+    def fetch(self, samples, when):
+        time.sleep(1.5)

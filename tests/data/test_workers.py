@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.deadly import Deadly, DeadlyText, Unusable
+from tests.data.deadly import Deadly, DeadlyText, Patient, Unusable
 from tests.data.loading import everything, loader_of, scenes, with_reader
 from tests.train.test_faults import damage
 
@@ -112,6 +112,12 @@ def test_a_sample_that_ends_workers_is_masked_in_place(loading, expected, kind, 
     assert 0 < sum(changed) <= 2 and len(new) == 2  # three windows are a little less than two epochs
 
 
+def test_waiting_for_a_store_is_no_hang_and_holds_up_nothing_else(loading, expected):
+    loader = loading(Patient, workers=1, worker_timeout=1)
+    found = everything(loader, STEPS)
+    assert found == expected and not loader.take_events()
+
+
 def test_workers_that_never_answer_end_the_run_with_one_message(loading, capfd):
     with pytest.raises(ValueError, match=r"exit code 1.*4th time.*data\.workers: 0"):
         loading(Unusable, workers=1).window(0)
@@ -148,4 +154,4 @@ def test_memory_does_not_grow_and_nothing_is_left(loading):
     loader.close()
     assert not Path(f"/proc/{pid}").exists() and len(os.listdir("/proc/self/fd")) < files
     children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
-    assert "dsvlm.data.workers" not in children
+    assert "dsvlm.data.serve" not in children

@@ -22,7 +22,7 @@ def workers_of(pid: int) -> list[int]:
     while below:
         for child in children.get(below.pop(), []):
             below.append(child)
-            if "dsvlm.data.workers" in commands[child]:
+            if "dsvlm.data.serve" in commands[child]:
                 found.append(child)
     return found
 

@@ -1,0 +1,96 @@
+"""A worker process: takes jobs from the queue of its rank until that closes, and holds nothing that would be missed."""
+
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from dsvlm.data.blocks import HEAD, BlockView
+from dsvlm.data.jobs import Job, carry_out
+from dsvlm.data.reading import Reading
+
+STARTING, IDLE = -1, 0  # words of a worker; others are the number of a job and the place of an item in it
+PLACES = 2**16  # of a job, at most
+MOST = HEAD // 16  # workers of a rank: each has two words, what it is at and a beat while it waits for a store
+LENGTH = struct.Struct("<Q")  # before every answer
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FETCHING, BEAT = 4, 0.25  # hints carried out at a time; seconds
+
+
+def serve() -> None:
+    """Runs the worker. Arguments of the command: its index, then descriptors of queue, answers, blocks and reading."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)  # launchers send them to every process; the training decides when to stop
+    faulthandler.enable()
+    index, queue, answers, blocks, spec = map(int, sys.argv[1:])
+    with open(f"/proc/self/fd/{spec}", "rb") as file:
+        reading = pickle.load(file)
+    try:
+        Server(index, socket.socket(fileno=queue), socket.socket(fileno=answers), BlockView(blocks), reading).run()
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the training has ended
+    os._exit(0)  # without waiting for what is being fetched
+
+
+class Server:
+    """Carries out jobs one by one; hints to fetch are carried out aside, for stores make them wait."""
+
+    def __init__(self, index: int, queue: socket.socket, answers: socket.socket, view: BlockView, reading: Reading):
+        self.index, self.queue, self.answers, self.view, self.reading = index, queue, answers, view, reading
+        self.lock = threading.Lock()
+        self.fetches = ThreadPoolExecutor(FETCHING)
+        self.fetching: set[int] = set()  # numbers of jobs
+
+    def run(self) -> None:
+        threading.Thread(target=self.beat, daemon=True).start()
+        self.view.words[self.index] = IDLE
+        while message := self.queue.recv(2**20):
+            number, kind, items, step, starts, skip = pickle.loads(message)
+            job = Job(kind, items, step, [self.picture(start) for start in starts], skip=skip)
+            if kind == "fetch":
+                self.fetching.add(number)
+                self.fetches.submit(self.fetch, number, job)
+                continue
+            self.answer(number, outcome(job, self.reading, lambda place, first=number * PLACES: self.at(first + place)))
+            self.at(IDLE)
+
+    def at(self, word: int) -> None:
+        self.view.words[self.index] = word
+
+    def picture(self, start: int):
+        size = self.reading.config.image_size
+        return self.view.show(start, 3 * size * size).reshape(size, size, 3).transpose(2, 0, 1)
+
+    def fetch(self, number: int, job: Job) -> None:
+        self.answer(number, outcome(job, self.reading))
+        self.fetching.discard(number)
+
+    def answer(self, number: int, found: list | Exception) -> None:
+        data = pickle.dumps((number, found), pickle.HIGHEST_PROTOCOL)
+        with self.lock:
+            self.answers.sendall(LENGTH.pack(len(data)) + data)
+
+    def beat(self) -> None:
+        """While a store is waited for, shows that this process has not been stopped."""
+        while True:
+            time.sleep(BEAT)
+            if self.fetching:
+                self.view.words[MOST + self.index] += 1
+
+
+def outcome(job: Job, reading: Reading, begin: Callable[[int], None] = lambda place: None) -> list | Exception:
+    """The answer to a job, or the error that says why no run can go on."""
+    try:
+        return carry_out(job, reading, begin)
+    except (ValueError, OSError) as error:
+        return ValueError(str(error))
+    except Exception:
+        return RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
