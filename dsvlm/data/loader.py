@@ -184,7 +184,7 @@ class Loader:
                 draft = images.drafts[place]
                 draft.reason = draft.reason or reason
                 if reason is None and self.cache.room(images.pixels[place].nbytes):
-                    pixels = images.pixels[place].copy()
+                    pixels = images.pixels[place].copy(order="K")  # in their own order of bytes
                     self.cache.put(("image", draft.task, draft.sample), pixels, pixels.nbytes)
         rest = iter(images.pixels if images.drafts else ())
         rows = [
