@@ -70,14 +70,16 @@ class Workers:
 
         Raises ValueError when that does not help.
         """
-        seen, since = None, time.monotonic()
+        seen, quiet, tick = None, 0.0, min(1.0, self.timeout / 4)
         while job.answer is None:
-            self.poll(min(1.0, self.timeout / 4))
+            start = time.monotonic()
+            self.poll(tick)
+            # No more than what was waited for: this process may have been stopped too.
+            quiet += min(time.monotonic() - start, 2 * tick)
             sight = (len(self.jobs), self.blocks.words.tobytes())
             if sight != seen:
-                seen, since = sight, time.monotonic()
-            patience = max(PATIENCE, self.timeout) if (self.words == STARTING).all() else self.timeout
-            if time.monotonic() - since > patience:
+                seen, quiet = sight, 0.0
+            if quiet > (max(PATIENCE, self.timeout) if (self.words == STARTING).all() else self.timeout):
                 self.replace_hung()
         return job.result()
 
