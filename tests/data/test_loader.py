@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsvlm.data.blocks import Blocks, BlockView
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.loader import Cache, Loader
-from dsvlm.schedule.strategy import deal
+from dsvlm.schedule.strategy import Unit, deal
 from tests.data.loading import everything, loader_of, scenes
 
 STEPS = range(3)  # a little less than two epochs of one task, one of the other
@@ -147,3 +147,18 @@ def test_a_window_without_images_or_samples_has_the_signature_of_others(loaders)
     [batch] = loader.batches(window, [1.0, 1.0])
     assert batch.pixels.shape == (1, 3, 40, 40) and batch.weight.tolist() == [0.0]
     assert np.array_equal(batch.image_row, [-1])
+
+
+def test_units_may_pick_any_places_and_share_rows(loaders):
+    class Picked:
+        def unit(self, rank):
+            return Unit(np.array([5, 0, 9]), np.array([0, 0, 1]), 60)
+
+    plain = loaders[1, 0]
+    loader = Loader(plain.plan, lambda window: (Picked(),), plain.sources, plain.codec, plain.config)
+    window, whole = loader.window(1), plain.window(1).drafts
+    [batch] = loader.batches(window, [1.0, 1.0])
+    assert batch.row.tolist() == [0, 0, 1] and batch.width == 60
+    assert [(d.task, d.ordinal) for d in window.drafts] == [(whole[i].task, whole[i].ordinal) for i in (5, 0, 9)]
+    assert batch.keys.tolist() == [plain.key(whole[i]) for i in (5, 0, 9)]
+    assert window.counts.sum() == sum(d.text.count for d in window.drafts)
