@@ -100,5 +100,7 @@ def collate(
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    length = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.int64)
+    padded = np.full((len(rows), max(map(len, rows))), value, np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(padded)
