@@ -42,7 +42,10 @@ class Manifest:
         name = self.names[number]
         if is_url(name):
             return name
-        return os.path.normpath(self.path / name) if self.url is None else f"{self.url}/{name}"
+        if self.url is None:
+            return os.path.normpath(self.path / name)
+        scheme, path = f"{self.url}/{name}".split("://", 1)
+        return f"{scheme}://{os.path.normpath(path) if '..' in name else path}"
 
     def index(self, number: int) -> Path:
         """Path of a shard's index: beside a shard that lies in the directory itself, numbered for others."""

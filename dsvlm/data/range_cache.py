@@ -237,6 +237,9 @@ def _locked(path: Path, wait: bool) -> int | None:
         except BlockingIOError:
             os.close(handle)
             return None
+        except OSError:                           # a file system without locks: the caller does without a cache
+            os.close(handle)
+            raise
         os.close(handle)
 
 
@@ -254,6 +257,8 @@ def _wait(path: Path) -> None:
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
+    except OSError:
+        pass                                      # a file system without locks: nobody writes there either
     finally:
         os.close(handle)
 

@@ -72,6 +72,9 @@ def test_tars_of_captions_train_where_they_lie(tmp_path, capsys):
     os.rename(tmp_path / "laion", moved)                      # relative names: the whole data directory may move
     assert ShardReader(load_manifest(moved / "set")).record(4) == {"caption": "caption 4"}
     assert load_manifest(moved / "set").hash == manifest.hash
+    remote = load_manifest(f"file://{moved}/set", str(tmp_path / "cache"))
+    assert remote.shard(1) == f"file://{moved}/more/00000.tar" and remote.hash == manifest.hash
+    assert ShardReader(remote, str(tmp_path / "cache")).record(4) == {"caption": "caption 4"}
 
 
 def test_the_same_tars_give_the_same_set_and_the_fields_are_its_identity(tmp_path):

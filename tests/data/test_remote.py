@@ -1,5 +1,6 @@
 """Remote shards: the same bytes as local ones, few requests, a cache that several processes share, stores that fail."""
 
+import fcntl
 import os
 import pickle
 import subprocess
@@ -194,7 +195,10 @@ def cache_files(cache: RangeCache) -> dict[str, int]:
 
 def test_eviction_keeps_what_is_used_next(tmp_path):
     cache = RangeCache(tmp_path, 1000)
-    load = lambda offset, size: bytes(size)  # noqa: E731
+
+    def load(offset: int, size: int) -> bytes:
+        return bytes(size)
+
     for step, start in ((1, 0), (9, 300), (8, 600)):
         cache.put("s", start, start + 300, load, step)
     assert cache_files(cache) == {"0-300": 1, "300-600": 9, "600-900": 8}
@@ -241,6 +245,13 @@ def test_what_a_dead_writer_left_is_taken_over(tmp_path):
     assert cache.read("s", 0, 10) is None                     # nobody writes it: no waiting
     assert cache.put("s", 0, 100, lambda offset, size: b"x" * size, 0) == b"x" * 100
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["0-100"] and cache.read("s", 99, 1) == b"x"
+
+
+def test_a_file_system_without_locks_costs_the_cache_only(tmp_path, monkeypatch):
+    cache = RangeCache(tmp_path, 10_000)
+    monkeypatch.setattr(fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    assert cache.put("s", 0, 100, lambda offset, size: b"x" * size, 0) == b"x" * 100
+    assert cache.read("s", 0, 10) is None
 
 
 def test_a_full_disk_costs_speed_only(tmp_path, monkeypatch):
