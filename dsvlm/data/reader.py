@@ -38,7 +38,7 @@ class ShardReader:
 
     cache: directory on the node for parts of remote shards, default below the temporary directory; cache_mb: its size
     in MiB, 0 = no cache. Shards are opened when first needed. Descriptors are only read with `pread`, so a forked
-    process may keep using them; pickling carries the manifest alone. ValueError (the run cannot go on) when a shard or
+    process may keep using them; pickling carries the arguments alone. ValueError (the run cannot go on) when a shard or
     its index is missing or is not the one of the manifest; BadSample when only the sample is damaged; OSError when a
     disk or, after several attempts, a store does not answer.
     """
@@ -101,7 +101,7 @@ class ShardReader:
             return
         from dsvlm.data.cached import coalesce
 
-        for shard, rows, _ in self._groups(samples):
+        for shard, rows in self._groups(samples):
             if shard.is_remote:
                 for start, stop in coalesce(shard.extents(rows)):
                     shard.file.fetch(start, stop, when, self._shared.later)
@@ -113,12 +113,11 @@ class ShardReader:
         return self._shard(number), sample - self._starts[number]
 
     def _groups(self, samples: np.ndarray):
-        """(shard, rows in it, places in `samples`) for each shard that holds some of the samples."""
+        """(shard, rows in it) for each shard that holds some of the samples."""
         samples = np.asarray(samples, np.int64)
         numbers = np.searchsorted(self._starts, samples, side="right") - 1
         for number in np.unique(numbers).tolist():
-            places = np.flatnonzero(numbers == number)
-            yield self._shard(number), samples[places] - self._starts[number], places
+            yield self._shard(number), samples[numbers == number] - self._starts[number]
 
 
 class _Shared:
@@ -144,7 +143,6 @@ class _Shared:
 
             self.groups = RowGroups()
 
-
     def later(self, request) -> None:
         """Run a request in the background, a few at a time; more are waited for, so that few files are open."""
         from dsvlm.data.remote import CONCURRENT
@@ -152,8 +150,9 @@ class _Shared:
         if self._process != os.getpid():
             self._process, self._pool = os.getpid(), ThreadPoolExecutor(CONCURRENT)
             self._places = threading.BoundedSemaphore(2 * CONCURRENT)
-        self._places.acquire()
-        self._pool.submit(request).add_done_callback(lambda done: self._places.release())
+        places = self._places
+        places.acquire()
+        self._pool.submit(request).add_done_callback(lambda done: places.release())
 
 
 class _Shard:
