@@ -67,8 +67,10 @@ def _pillow(size: int, dct_scaling: bool, data: bytes, into: np.ndarray | None =
             if width * height <= MAX_PIXELS:
                 if dct_scaling:
                     image.draft("RGB", (size, size))
-                image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-                return np.asarray(image).transpose(2, 0, 1)
+                colours = image if image.mode == "RGB" else image.convert("RGB")  # either call copies in any case
+                if image.size != (size, size):
+                    colours = colours.resize((size, size), Image.Resampling.BICUBIC)
+                return np.asarray(colours).transpose(2, 0, 1)
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged bytes
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})") from error
     raise _too_large(width, height)
