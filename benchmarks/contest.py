@@ -19,7 +19,6 @@ from benchmarks.measure import children, cpu_seconds, pss_mb
 
 OURS = "dsvlm"
 LIMIT = "decode limit"
-LIMIT_TEXT = "decode and tokenise limit"
 # glibc gives back and faults in again the memory of every image unless told otherwise; our loader tells its workers.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 WINDOW = 256  # samples of one window
@@ -62,7 +61,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    if args.name in (LIMIT, LIMIT_TEXT):
+    if args.name == LIMIT:
         result = decode_flat_out(args)
     else:
         result = timed(open_contestant(args), args.warm, args.timed)
@@ -154,28 +153,22 @@ def decode_flat_out(args) -> dict:
 
 
 def decode_some(args, rank: int, barrier, queue) -> None:
-    from benchmarks.peers import Work
     from dsvlm.data.manifest import load_manifest
     from dsvlm.data.reader import ShardReader
-    from dsvlm.data.tokenizer import load_tokenizer
     from dsvlm.data.transforms import make_decoder
 
     decode = make_decoder("pillow", PIXELS)
     reader = ShardReader(load_manifest(args.root / "caption"))
-    work = Work(Path(), load_tokenizer(args.root / "tokenizer", 8), args.batch, args.workers)
     numbers = range(rank, min(len(reader), 512 * args.workers), args.workers)
-    memory = [(reader.image(number), reader.record(number)) for number in numbers]
+    memory = [reader.image(number) for number in numbers]
     count = args.timed * args.batch // args.workers
     todo = [memory[i % len(memory)] for i in range(count)]
-    for image, _ in memory[:64]:
+    for image in memory[:64]:
         decode(image)
     barrier.wait()
     start, cpu = time.perf_counter(), time.process_time()
-    for image, record in todo:
-        if args.name == LIMIT_TEXT:
-            work.encode(image, record)
-        else:
-            decode(image)
+    for image in todo:
+        decode(image)
     queue.put((count / (time.perf_counter() - start), 1000 * (time.process_time() - cpu) / count))
 
 

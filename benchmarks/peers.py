@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks.inputs import PIXELS
-from dsvlm.data.encode import encode_sample
+from dsvlm.data.encode import encode_record
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import ShardReader
 from dsvlm.data.tokenizer import TextCodec
@@ -36,11 +36,12 @@ class Work:
     workers: int
 
     def __post_init__(self):
-        self.decode = make_decoder("pillow", PIXELS)
+        self.decode, self.encoder = make_decoder("pillow", PIXELS), self.codec.encoder()
+        self.template = TASK_TYPES["caption"]().sample
 
     def encode(self, image: bytes, record: dict) -> tuple[torch.Tensor, list[int], list[int]]:
         """(pixels [P, P, 3] uint8, as decoders have them; tokens; targets) of a caption."""
-        text = encode_sample(TASK_TYPES["caption"]().sample(record), self.codec, 256, False)
+        text = encode_record(record, self.template, self.encoder, 256, encoder_decoder=False, images=True, classes=0)
         return torch.from_numpy(self.decode(image).transpose(1, 2, 0)), text.tokens, text.targets
 
     def collate(self, samples: list) -> dict[str, torch.Tensor]:
@@ -74,7 +75,7 @@ def open_webdataset(work: Work) -> Iterable:
 
     urls = sorted(map(str, work.directory.glob("*.tar")))
     dataset = (
-        wds.WebDataset(urls, shardshuffle=len(urls)).repeat().shuffle(SHUFFLE)
+        wds.WebDataset(urls, shardshuffle=len(urls)).repeat().shuffle(SHUFFLE, initial=SHUFFLE)
         .map(lambda s: work.encode(s["jpg"], json.loads(s["json"])))
         .batched(work.batch, collation_fn=work.collate)
     )  # fmt: skip
