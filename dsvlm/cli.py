@@ -69,7 +69,7 @@ def add_plan(commands) -> None:
         "plan",
         help="show what a run will do, from the manifests alone",
         description="Prints tasks, micro-steps, digest and idle share of steps, and for the whole run epochs, repeats, "
-        "idle share, padding (where lengths are known), open shards and reads; reads no sample and needs no GPU.",
+        "idle share, padding (where lengths are known), open shards and reads; from manifests, without a GPU.",
         epilog="example: dsvlm plan quickstart --world-size 16384 --steps 0:4 --json",
     )
     add_recipe(parser)

@@ -236,6 +236,7 @@ def check_loading(recipe: Recipe) -> None:
     data = recipe.data
     one_of("data.decoder", data.decoder, ("auto", "pillow", "simplejpeg"))
     at_least("data.worker_timeout", data.worker_timeout, 1)
+    at_least("data.remote_cache_mb", data.remote_cache_mb, 1)
     if data.workers and data.worker_timeout >= recipe.train.timeout:
         raise ValueError(
             f"data.worker_timeout: {data.worker_timeout} seconds must be less than train.timeout "

@@ -1,12 +1,13 @@
 """A directory on the node that holds ranges of remote shards, shared by all processes of the node.
 
-`SHARD/START-STOP` holds the bytes START to STOP of a shard (the first half of its sha256). A file's time of change is
-the training step of its next use, so that every process evicts by the same order. `START-STOP.part` is both the file
-being written and the lock of its writer.
+`ranges/SHARD/START-STOP` holds the bytes START to STOP of a shard (the first half of its sha256). A file's time of
+change is the training step of its next use, so that every process evicts by the same order. `START-STOP.part` is both
+the file being written and the lock of its writer.
 """
 
 import fcntl
 import os
+import re
 import threading
 from bisect import bisect_right, insort
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dsvlm.data.stream import LocalFile
 OPEN_RANGES = 64                  # per process
 IN_USE = 2                        # steps: windows that are read while a later one is fetched
 PART = ".part"
+OURS = re.compile(r"\d+-\d+(\.part)?")    # nothing else is ever removed, whatever directory we were given
 
 
 class Entry(NamedTuple):
@@ -46,7 +48,8 @@ class RangeCache:
     """
 
     def __init__(self, directory: Path, limit: int):
-        self.directory, self.limit = Path(directory), limit
+        self.given, self.limit = Path(directory), limit
+        self.directory = self.given / "ranges"
         self._known: dict[str, list[tuple[int, int]]] = {}
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_RANGES)(LocalFile)
@@ -54,7 +57,7 @@ class RangeCache:
         self._unseen, self._room = 0, 0
 
     def __reduce__(self):
-        return RangeCache, (self.directory, self.limit)
+        return RangeCache, (self.given, self.limit)
 
     def read(self, shard: str, offset: int, size: int) -> bytes | None:
         """Bytes of a cached range that covers them, waiting for one that is being fetched; None when there is none."""
@@ -122,7 +125,10 @@ class RangeCache:
             used = [entry for entry in entries if entry.step < step - IN_USE]
             ahead = [entry for entry in entries if entry.step >= step - IN_USE]
             for entry in sorted(used) + sorted(ahead, reverse=True):
-                entry.path.unlink(missing_ok=True)
+                try:
+                    entry.path.unlink(missing_ok=True)
+                except OSError:
+                    continue
                 total -= entry.size
                 if total <= 0.9 * self.limit:
                     break
@@ -190,6 +196,8 @@ class RangeCache:
         """All files; what writers that died have left is removed."""
         entries = []
         for path in self.directory.glob("*/*-*"):
+            if not OURS.fullmatch(path.name):
+                continue
             try:
                 if path.name.endswith(PART):
                     _remove_if_left(path)

@@ -93,8 +93,8 @@ def sizes(urls: Iterable[str]) -> dict[str, int | None]:
         try:
             return fs.info(path)["size"]
         except FileNotFoundError as error:
-            # fsspec says so of every answer of a web server; the answer itself is the cause.
-            if getattr(error.__cause__, "status", 404) in (404, 410):
+            # fsspec says so of whatever goes wrong with a web server; what it was is the cause.
+            if error.__cause__ is None or getattr(error.__cause__, "status", None) in (404, 410):
                 return None
             raise OSError(str(error.__cause__)) from error
 

@@ -1,11 +1,12 @@
 """From a recipe to the objects of a run, in order: manifests, plan, tokenizer, loader, model."""
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+
+import numpy as np
 
 from dsvlm.config import Recipe, TaskConfig, nearest
 from dsvlm.config_schedule import DRAWN, parse_points
@@ -25,6 +26,7 @@ from dsvlm.schedule.strategy import deal
 from dsvlm.tasks import TASK_TYPES, TaskType
 
 TOKENIZER_TEXTS = 20_000  # per task, when a vocabulary is trained
+TEXTS_AHEAD = 500  # samples
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ def shard_texts(planned: Planned) -> Iterator[str]:
     """Every text a model will read or write, from the first samples of each task, in order."""
     for name, kind in task_types(planned.recipe).items():
         reader = make_reader(planned.recipe, planned.manifests[name])
-        for sample in itertools.islice(range(len(reader)), TOKENIZER_TEXTS):
+        for sample in range(min(len(reader), TOKENIZER_TEXTS)):
+            if sample % TEXTS_AHEAD == 0:  # of remote shards: a record at a time would be a request at a time
+                reader.fetch(np.arange(sample, min(len(reader), sample + TEXTS_AHEAD)), when=0)
             try:
                 segments = kind.sample(reader.record(sample)).segments
             except (BadSample, KeyError, TypeError, ValueError):

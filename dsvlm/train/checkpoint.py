@@ -1,7 +1,8 @@
 """Checkpoints: whole fp32 tensors in safetensors files, complete if and only if COMPLETE.json is there.
 
     checkpoints/step_00000500/
-        state.json                    step, seed, identity: under 1 KB for any number of tasks, the same for every rank
+        state.json                    step, seed, identity: under 1 KB for any number of tasks (a controller adds
+                                      56 bytes for each), the same for every rank
         weights-00000-of-00002.safetensors   what each rank wrote: masters, `NAME`
         exp_avg-..., exp_avg_sq-...   the optimizer's moments
         ema-...                       averaged weights, when the recipe keeps them

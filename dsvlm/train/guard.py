@@ -99,8 +99,9 @@ class Guard:
             return function(*arguments)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {dist.get_rank()}: the other ranks did not answer in time ({self.timeout} s), or one ended; "
-                f"its own message says why. If a rank only reads slowly, raise train.timeout ({error})"
+                f"rank {dist.get_rank()}: the other ranks did not answer in time, or one ended; its own message says "
+                f"why. Windows wait {self.timeout} s (train.timeout: raise it if a rank only reads slowly), starts and "
+                f"saves {max(self.timeout, PATIENCE)} s ({error})"
             ) from error
 
 
