@@ -218,7 +218,7 @@ def check_numbers(recipe: Recipe) -> None:
     for path, value, least in (
         ("optim.warmup", optim.warmup, 0), ("train.micro_batch", train.micro_batch, 1),
         ("train.save_every", train.save_every, 1), ("train.keep", train.keep, 1), ("train.timeout", train.timeout, 1),
-        ("train.log_every", train.log_every, 1), ("data.workers", recipe.data.workers, 0),
+        ("train.log_every", train.log_every, 1),
         ("data.cache_mb", recipe.data.cache_mb, 0), ("text.vocab_size", recipe.text.vocab_size, 32),
         ("text.max_length", recipe.text.max_length, 4), ("eval.samples", recipe.eval.samples, 1),
         ("eval.batch", recipe.eval.batch, 1), ("eval.max_new_tokens", recipe.eval.max_new_tokens, 1),
@@ -235,6 +235,7 @@ def check_loading(recipe: Recipe) -> None:
     """How samples are read: the decoder, and that a worker is replaced before the other ranks give up waiting."""
     data = recipe.data
     one_of("data.decoder", data.decoder, ("auto", "pillow", "simplejpeg"))
+    within("data.workers", data.workers, 0, 256)
     at_least("data.worker_timeout", data.worker_timeout, 1)
     at_least("data.remote_cache_mb", data.remote_cache_mb, 1)
     if data.workers and data.worker_timeout >= recipe.train.timeout:

@@ -106,6 +106,11 @@ class ShardReader:
                 for start, stop in coalesce(shard.extents(rows)):
                     shard.file.fetch(start, stop, when, self._shared.later)
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether a store has been asked for something and has not answered yet."""
+        return self._shared.stores is not None and self._shared.stores.asked > 0
+
     def _find(self, sample: int) -> "tuple[_Shard, int]":
         sample = int(sample)
         assert 0 <= sample < self._samples, (sample, self._samples)

@@ -67,6 +67,10 @@ class Reading:
         """Hint that the samples are read at a step."""
         self.sources[task].reader.fetch(samples, when=step)
 
+    def is_asking(self) -> bool:
+        """Whether a store is waited for."""
+        return any(source.reader.is_asking for source in self.sources)
+
     def text(self, task: int, sample: int) -> Text:
         """Text of a sample; ValueError or OSError when its shard cannot be read at all, so that no run can go on."""
         source = self.sources[task]

@@ -4,9 +4,11 @@ import hashlib
 import os
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ATTEMPTS = 7                      # of one request: with the waits below about 16 s
@@ -25,9 +27,22 @@ class Stores:
 
     def __init__(self):
         self._process, self._systems = os.getpid(), {}
+        self._lock = threading.Lock()
+        self.asked = 0                            # requests that have no answer yet
 
     def __reduce__(self):
         return Stores, ()
+
+    @contextmanager
+    def asking(self):
+        """Counts a request, from its first attempt to its last."""
+        with self._lock:
+            self.asked += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.asked -= 1
 
     def connect(self, url: str):
         """(file system, path) of a URL; a forked process connects anew."""
@@ -58,7 +73,10 @@ class RemoteFile:
     def read(self, offset: int, size: int) -> bytes:
         """Bytes from `offset` on, fewer at the end of the file; RemoteError names shard, URL and attempts."""
         stop = min(offset + size, self.size)
-        return b"" if stop <= offset else retry(self.url, self.name, lambda: self._range(offset, stop))
+        if stop <= offset:
+            return b""
+        with self.stores.asking():
+            return retry(self.url, self.name, lambda: self._range(offset, stop))
 
     def _range(self, start: int, stop: int) -> bytes:
         fs, path = self.stores.connect(self.url)

@@ -79,10 +79,13 @@ class Server:
             self.answers.sendall(LENGTH.pack(len(data)) + data)
 
     def beat(self) -> None:
-        """While a store is waited for, shows that this process has not been stopped."""
+        """While a store is waited for, whose patience has a limit, shows that this process has not been stopped.
+
+        Waiting for another process that fetches is no reason: that one may have been stopped.
+        """
         while True:
             time.sleep(BEAT)
-            if self.fetching:
+            if self.fetching or self.reading.is_asking():
                 self.view.words[MOST + self.index] += 1
 
 

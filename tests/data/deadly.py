@@ -41,9 +41,17 @@ class Unusable(Deadly):
 
 
 class Patient(Deadly):
-    """A reader whose store makes it wait."""
+    """A reader whose store makes it wait, hints first and then one read."""
 
     image = ShardReader.image
+    is_asking = False
 
     def fetch(self, samples, when):
         time.sleep(1.5)
+
+    def record(self, sample):
+        if sample == 5:
+            self.is_asking = True
+            time.sleep(2.5)
+            self.is_asking = False
+        return super().record(sample)
