@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.inputs import PIXELS
@@ -19,6 +19,7 @@ from benchmarks.measure import children, cpu_seconds, pss_mb
 
 OURS = "dsvlm"
 LIMIT = "decode limit"
+WORK = "work without hand-over"
 # glibc gives back and faults in again the memory of every image unless told otherwise; our loader tells its workers.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 WINDOW = 256  # samples of one window
@@ -61,8 +62,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    if args.name == LIMIT:
-        result = decode_flat_out(args)
+    if args.name in (LIMIT, WORK):
+        result = flat_out(args)
     else:
         result = timed(open_contestant(args), args.warm, args.timed)
     sys.stdout.flush()
@@ -137,13 +138,13 @@ def ours(args) -> Iterator:
         step += 1
 
 
-def decode_flat_out(args) -> dict:
-    """Processes that decode images from memory, without any hand-over: what the cores can do at most."""
+def flat_out(args) -> dict:
+    """Processes that work without any hand-over: what the cores can do at most."""
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(args.workers + 1), context.Queue()
+    work = decode_some if args.name == LIMIT else read_some
     processes = [
-        context.Process(target=decode_some, args=(args, rank, barrier, queue), daemon=True)
-        for rank in range(args.workers)
+        context.Process(target=work, args=(args, rank, barrier, queue), daemon=True) for rank in range(args.workers)
     ]
     for process in processes:
         process.start()
@@ -153,22 +154,44 @@ def decode_flat_out(args) -> dict:
 
 
 def decode_some(args, rank: int, barrier, queue) -> None:
+    """Decodes encoded images that lie in memory."""
     from dsvlm.data.manifest import load_manifest
     from dsvlm.data.reader import ShardReader
     from dsvlm.data.transforms import make_decoder
 
-    decode = make_decoder("pillow", PIXELS)
-    reader = ShardReader(load_manifest(args.root / "caption"))
+    decode, reader = make_decoder("pillow", PIXELS), ShardReader(load_manifest(args.root / args.tasks))
     numbers = range(rank, min(len(reader), 512 * args.workers), args.workers)
-    memory = [reader.image(number) for number in numbers]
+    measure(args, [reader.image(number) for number in numbers], decode, barrier, queue)
+
+
+def read_some(args, rank: int, barrier, queue) -> None:
+    """Does what a worker of the loader does, text and image, into memory of its own."""
+    import numpy as np
+
+    from dsvlm.data.tokenizer import load_tokenizer
+    from dsvlm.train.build import make_loader
+
+    planned = planned_run(args.root, [args.tasks], 0, args.batch)
+    reading = make_loader(planned, load_tokenizer(args.root / "tokenizer", 8), PIXELS, 0, 1).pool.reading
+    pixels = np.empty((3, PIXELS, PIXELS), np.uint8)
+
+    def read(sample: int) -> None:
+        reading.text(0, sample)
+        reading.image(0, sample, pixels)
+
+    order = np.random.default_rng(rank).permutation(planned.schedule.streams[0].size).tolist()
+    measure(args, order, read, barrier, queue)
+
+
+def measure(args, items: list, work: Callable, barrier, queue) -> None:
+    """Puts (items per second, CPU seconds per 1000) of this process into the queue."""
     count = args.timed * args.batch // args.workers
-    todo = [memory[i % len(memory)] for i in range(count)]
-    for image in memory[:64]:
-        decode(image)
+    for item in items[: args.batch]:
+        work(item)
     barrier.wait()
     start, cpu = time.perf_counter(), time.process_time()
-    for image in todo:
-        decode(image)
+    for index in range(count):
+        work(items[index % len(items)])
     queue.put((count / (time.perf_counter() - start), 1000 * (time.process_time() - cpu) / count))
 
 

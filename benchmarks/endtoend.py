@@ -13,6 +13,7 @@ BATCH = 32
 WORKERS = 2
 MIXTURE = "caption,vqa,text"
 OURS_2 = "dsvlm loader, captions, 2 workers"
+OURS_LARGE = "dsvlm loader, captions of 1024 x 768 images, 2 workers"
 
 
 def make_tokenizer(root: Path) -> None:
@@ -28,20 +29,26 @@ def make_tokenizer(root: Path) -> None:
 def measure_limit(root: Path, repeats: int, warm: int, timed: int) -> list[Row]:
     """Row b: images per second of the loader with 0, 1 and 2 workers, and the cores' decode limit.
 
-    The limit has the allocator's settings that the loader gives its workers.
+    The limits have the allocator's settings that the loader gives its workers. 336 px images are ready for the model;
+    1024 x 768 ones are reduced at every read, as those of data sets that nobody converted.
     """
     make_tokenizer(root)
+    small, large = "2 processes that only decode from memory (limit)", "the same, 1024 x 768 reduced to 336 (limit)"
     contestants = {
-        "2 processes that only decode from memory (limit)": Contestant(contest.LIMIT, tuned=True),
+        small: Contestant(contest.LIMIT, tuned=True),
+        "2 processes that read, decode and tokenise, without hand-over": Contestant(contest.WORK, tuned=True),
         OURS_2: Contestant(contest.OURS),
         "dsvlm loader, captions, questions and plain text, 2 workers": Contestant(contest.OURS, tasks=MIXTURE),
         "dsvlm loader, captions, 1 worker": Contestant(contest.OURS, workers=1),
         "dsvlm loader, captions, in the trainer's process": Contestant(contest.OURS, workers=0),
+        large: Contestant(contest.LIMIT, tuned=True, tasks="large", slower=4),
+        OURS_LARGE: Contestant(contest.OURS, tasks="large", slower=4),
     }
     found, rows = race("b", contestants, root, repeats, warm, timed)
-    limit = next(iter(contestants))
-    share = spread("b", "dsvlm loader, 2 workers: share of the decode limit", ratios(found, OURS_2, limit), "")
-    return [*rows, Row(**share.to_dict() | {"goal": ">= 0.95", "met": share.value >= 0.95})]
+    for ours, limit in ((OURS_2, small), (OURS_LARGE, large)):
+        share = spread("b", f"{ours}: share of the decode limit", ratios(found, ours, limit), "")
+        rows.append(replace(share, goal=">= 0.95", met=share.value >= 0.95))
+    return rows
 
 
 def measure_peers(root: Path, repeats: int, warm: int, timed: int, tuned: bool = True) -> list[Row]:
@@ -75,6 +82,7 @@ class Contestant:
     workers: int = WORKERS
     tasks: str = "caption"
     tuned: bool = False
+    slower: int = 1  # by which its images take longer: so many fewer are read
 
 
 def race(part: str, contestants: dict[str, Contestant], root: Path, repeats: int, warm: int, timed: int):
@@ -83,7 +91,9 @@ def race(part: str, contestants: dict[str, Contestant], root: Path, repeats: int
 
     def run(name: str) -> float:
         chosen = asdict(contestants[name])
-        result = contest.run(chosen.pop("name"), root, batch=BATCH, warm=warm, timed=timed, **chosen)
+        size = {key: max(1, value // chosen["slower"]) for key, value in (("warm", warm), ("timed", timed))}
+        del chosen["slower"]
+        result = contest.run(chosen.pop("name"), root, batch=BATCH, **size, **chosen)
         cpu[name].append(result["cpu"])
         return result["rate"]
 
