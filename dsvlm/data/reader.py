@@ -131,7 +131,7 @@ class _Shared:
     def __init__(self, manifest: Manifest, remote: bool, cache: str, cache_mb: int):
         self.manifest = manifest
         self.checked: set[int] = set()
-        self._process = 0                         # whose pool it is: threads do not survive a fork
+        self._background: dict[int, tuple] = {}   # by process: threads do not survive a fork
         self.cache = self.stores = None
         if remote:
             from dsvlm.data.remote import Stores
@@ -152,12 +152,13 @@ class _Shared:
         """Run a request in the background, a few at a time; more are waited for, so that few files are open."""
         from dsvlm.data.remote import CONCURRENT
 
-        if self._process != os.getpid():
-            self._process, self._pool = os.getpid(), ThreadPoolExecutor(CONCURRENT)
-            self._places = threading.BoundedSemaphore(2 * CONCURRENT)
-        places = self._places
+        # Several threads may come at once: the first to set it has set it for all.
+        if (found := self._background.get(os.getpid())) is None:
+            made = ThreadPoolExecutor(CONCURRENT), threading.BoundedSemaphore(2 * CONCURRENT)
+            found = self._background.setdefault(os.getpid(), made)
+        pool, places = found
         places.acquire()
-        self._pool.submit(request).add_done_callback(lambda done: places.release())
+        pool.submit(request).add_done_callback(lambda done: places.release())
 
 
 class _Shard:

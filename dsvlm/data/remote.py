@@ -48,12 +48,10 @@ class Stores:
         """(file system, path) of a URL; a forked process connects anew."""
         import fsspec
 
-        if self._process != os.getpid():
-            self._process, self._systems = os.getpid(), {}
-        base = "/".join(url.split("/")[:3])
-        if base not in self._systems:
-            self._systems[base] = fsspec.core.url_to_fs(url)[0]
-        return self._systems[base], self._systems[base]._strip_protocol(url)
+        key = os.getpid(), "/".join(url.split("/")[:3])
+        if (system := self._systems.get(key)) is None:
+            system = self._systems.setdefault(key, fsspec.core.url_to_fs(url)[0])
+        return system, system._strip_protocol(url)
 
 
 class RemoteFile:

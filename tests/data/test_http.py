@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

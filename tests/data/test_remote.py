@@ -313,9 +313,29 @@ def test_stores_are_shared_by_threads_and_not_by_processes():
         thread.start()
         thread.join()
     assert all(system is systems[0] for system in systems)
-    stores._process = -1
-    stores.connect("memory://x/y")
-    assert stores._process == os.getpid()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if stores.connect("memory://x/y")[1] == "/x/y" and len(stores._systems) == 2 else 1)
+    assert os.waitpid(child, 0)[1] == 0 and len(stores._systems) == 1
+
+
+def test_threads_may_start_fetching_at_once(reader):
+    """Each of four threads starts the background of a fresh reader, again and again."""
+    found, interval = [], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(150):
+            shared = ShardReader(reader.manifest, reader.cache)._shared
+            threads = [threading.Thread(target=lambda at=shared: at.later(lambda: found.append(1))) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            (pool, _), = shared._background.values()
+            pool.shutdown()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(found) == 600
 
 
 def test_join():
