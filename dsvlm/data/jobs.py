@@ -15,6 +15,7 @@ class Job:
     kind: fetch (of one task), text or image; items: (task, sample); step: of the window they belong to.
     pixels: of image jobs, where each item's image goes ([3, P, P] uint8); starts: the same in the workers' file.
     skip: items (by place) that are not touched any more, with the reason.
+    after: of a fetch, the step at which each item is needed again.
     answer: per item: Text, or None or why the image is black; of a fetch: nothing.
     """
 
@@ -24,6 +25,7 @@ class Job:
     pixels: list[np.ndarray] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     skip: dict[int, str] = field(default_factory=dict)
+    after: list[int] = field(default_factory=list)
     answer: list | Exception | None = None
 
     def result(self) -> list:
@@ -37,7 +39,8 @@ class Job:
 def carry_out(job: Job, reading: Reading, begin: Callable[[int], None] = lambda place: None) -> list:
     """The answer to a job; `begin` is told the place of each item before it is touched."""
     if job.kind == "fetch":
-        reading.fetch(job.items[0][0], np.array([sample for _, sample in job.items], np.int64), job.step)
+        samples, after = np.array([sample for _, sample in job.items], np.int64), np.array(job.after, np.int64)
+        reading.fetch(job.items[0][0], samples, job.step, after)
         return []
     answers = []
     for place, (task, sample) in enumerate(job.items):

@@ -97,12 +97,22 @@ class Loader:
         numbers = list(zip(tasks.tolist(), epochs.tolist(), samples.tolist(), ordinals.tolist(), strict=True))
         share = Share(step, [len(u.places) for u in units], [(u.rows, u.width) for u in units], numbers)
         for task in np.unique(tasks).tolist():
-            items = [(task, sample) for sample in samples[tasks == task].tolist()]
-            share.fetches += self.submit("fetch", items, FETCHES, step)
+            if self.sources[task].reader.is_remote:
+                here = tasks == task
+                share.fetches += self.ask_fetches(step, tasks[here], epochs[here], samples[here])
         return share
 
-    def submit(self, kind: str, items: list[tuple[int, int]], size: int, step: int) -> list[Job]:
-        jobs = [Job(kind, items[first : first + size], step) for first in range(0, len(items), size)]
+    def ask_fetches(self, step: int, tasks: np.ndarray, epochs: np.ndarray, samples: np.ndarray) -> list[Job]:
+        """Has one task's samples brought near, and says when they come again, so that a cache keeps the right ones."""
+        after = self.plan.next_use(tasks, epochs, samples).tolist()
+        items = list(zip(tasks.tolist(), samples.tolist(), strict=True))
+        jobs = [
+            Job("fetch", items[first : first + FETCHES], step, after=after[first : first + FETCHES])
+            for first in range(0, len(items), FETCHES)
+        ]
+        return self.submit(jobs)
+
+    def submit(self, jobs: list[Job]) -> list[Job]:
         for job in jobs:
             self.pool.submit(job)
         return jobs
@@ -110,7 +120,8 @@ class Loader:
     def ask_texts(self, share: Share) -> None:
         wanted = dict.fromkeys((task, sample) for task, _, sample, _ in share.numbers)
         wanted = [pair for pair in wanted if ("text", *pair) not in self.cache.items]
-        share.texts = self.submit("text", wanted, TEXTS, share.step)
+        pieces = range(0, len(wanted), TEXTS)
+        share.texts = self.submit([Job("text", wanted[first : first + TEXTS], share.step) for first in pieces])
 
     def finish(self, share: Share) -> LoadedWindow:
         """The window with all its texts; waits for them."""

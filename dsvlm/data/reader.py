@@ -47,8 +47,8 @@ class ShardReader:
         self.manifest, self.cache, self.cache_mb = manifest, cache, cache_mb
         self._starts = [0, *accumulate(manifest.sizes)]
         self._samples = manifest.samples
-        self._remote = any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
-        self._shared = _Shared(manifest, self._remote, cache, cache_mb)
+        self.is_remote = any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
+        self._shared = _Shared(manifest, self.is_remote, cache, cache_mb)
         self._shard = lru_cache(OPEN_SHARDS)(partial(_Shard, self._shared))
 
     def __len__(self) -> int:
@@ -91,13 +91,15 @@ class ShardReader:
         shard, row = self._find(sample)
         return shard.read(row, extension, check)
 
-    def fetch(self, samples: np.ndarray, when: int) -> None:
+    def fetch(self, samples: np.ndarray, when: int, after: np.ndarray | None = None) -> None:
         """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards.
+
+        after: step at which each is read next, [n] int64 (`Plan.next_use`); None = unknown.
 
         Their parts of remote shards come into the node's cache, neighbours in one request, several requests at a time,
         in the background: reading one of them waits for it.
         """
-        if not self._remote or not len(samples):
+        if not self.is_remote or not len(samples):
             return
         from dsvlm.data.cached import coalesce
 

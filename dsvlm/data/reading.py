@@ -63,9 +63,9 @@ class Reading:
         self.sources, self.encoder, self.config = list(sources), encoder, config
         self.decode = make_decoder(config.decoder, config.image_size, config.dct_scaling)
 
-    def fetch(self, task: int, samples: np.ndarray, step: int) -> None:
-        """Hint that the samples are read at a step."""
-        self.sources[task].reader.fetch(samples, when=step)
+    def fetch(self, task: int, samples: np.ndarray, step: int, after: np.ndarray) -> None:
+        """Hint that the samples are read at a step, and not again before the steps `after: [n] int64`."""
+        self.sources[task].reader.fetch(samples, step, after)
 
     def is_asking(self) -> bool:
         """Whether a store is waited for."""

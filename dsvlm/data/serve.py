@@ -53,8 +53,8 @@ class Server:
         threading.Thread(target=self.beat, daemon=True).start()
         self.view.words[self.index] = IDLE
         while message := self.queue.recv(2**20):
-            number, kind, items, step, starts, skip = pickle.loads(message)
-            job = Job(kind, items, step, [self.picture(start) for start in starts], skip=skip)
+            number, kind, items, step, starts, skip, after = pickle.loads(message)
+            job = Job(kind, items, step, [self.picture(start) for start in starts], skip=skip, after=after)
             if kind == "fetch":
                 self.fetching.add(number)
                 self.fetches.submit(self.fetch, number, job)

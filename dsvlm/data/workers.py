@@ -170,7 +170,7 @@ class Workers:
             known = [(place, self.deadly.get((job.kind, *item))) for place, item in enumerate(job.items)]
             skip = {place: reason for place, reason in known if reason}
             try:
-                self.queue.send(pickle.dumps((number, job.kind, job.items, job.step, job.starts, skip)))
+                self.queue.send(pickle.dumps((number, job.kind, job.items, job.step, job.starts, skip, job.after)))
             except OSError:  # full, so they have enough to do; or nobody is left, which `receive` will see
                 return
             self.unsent.popleft()

@@ -126,6 +126,11 @@ class Controlled:
         """Samples of each task before a step, [tasks] int64."""
         return self._cursors(self.state, step)
 
+    def steps_of(self, task: int, ordinals: np.ndarray) -> np.ndarray:
+        """Steps of samples of a task, [n] int64, as if it took part in every update; NEVER after its last phase."""
+        ahead = int(self.taken.cursors(self.state.start)[task]) - int(self.state.tasks["cursor"][task])
+        return self.taken.steps_of(task, ordinals + ahead)
+
     def observe(self, step: int, nll: np.ndarray, targets: np.ndarray) -> bool:
         """Take in an update's sums over all ranks, `[tasks] float64` each; return whether later windows changed."""
         start, tasks = self.state.start, self.state.tasks.copy()

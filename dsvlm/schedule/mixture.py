@@ -9,6 +9,8 @@ import numpy as np
 from dsvlm.schedule.keys import hash64, key64
 from dsvlm.schedule.permutation import permutations
 
+NEVER = 2**31 - 1  # a step that no run reaches
+
 
 class Phase(NamedTuple):
     """Shares of all tasks from one step on: samples of each window, or quotas of a cycle; 0 pauses a task."""
@@ -81,6 +83,16 @@ class Drawn:
         index, mixture = self._at(step)
         return (self.before[index] + mixture.before((step - self.starts[index]) * self.chunks)) * self.chunk
 
+    def steps_of(self, task: int, ordinals: np.ndarray) -> np.ndarray:
+        """Steps of samples of a task, to about a cycle, [n] int64; NEVER after its last phase."""
+        before = np.array([phase[task] for phase in self.before])
+        drawn = ordinals // self.chunk
+        index = np.searchsorted(before, drawn, side="right") - 1
+        quota = np.array([phase.shares[task] for phase in self.phases])[index]
+        cycle = np.array([sum(phase.shares) for phase in self.phases])[index]
+        slot = (drawn - before[index]) * cycle // np.maximum(quota, 1)
+        return np.where(quota > 0, np.array(self.starts)[index] + slot // self.chunks, NEVER)
+
     def _at(self, step: int) -> tuple[int, Mixture]:
         index = bisect_right(self.starts, step) - 1
         current = self._current
@@ -109,6 +121,13 @@ class Taken:
         """Samples of each task before a step, [tasks] int64."""
         index = self.phase(step)
         return self.before[index] + (step - self.starts[index]) * self.shares[index]
+
+    def steps_of(self, task: int, ordinals: np.ndarray) -> np.ndarray:
+        """Steps of samples of a task, [n] int64; NEVER after its last phase."""
+        index = np.searchsorted(self.before[:, task], ordinals, side="right") - 1
+        share = self.shares[index, task]
+        steps = self.starts[index] + (ordinals - self.before[index, task]) // np.maximum(share, 1)
+        return np.where(share > 0, steps, NEVER)
 
     def phase(self, step: int) -> int:
         return int(np.searchsorted(self.starts, step, side="right")) - 1

@@ -160,6 +160,7 @@ class EpochOrder:
         rank = np.argsort(slot)
         slot, tail = slot[rank], tail[short][rank]
         self.lack = _starts(block - tail)
+        self.short_slot = slot
         self.short_end = slot * block - self.lack[:-1] + tail
 
     def samples(self, position: np.ndarray) -> np.ndarray:
@@ -179,6 +180,14 @@ class EpochOrder:
         """Return the sample ids at an offset of a block of the epoch; [n] int64 each."""
         shard = np.searchsorted(self.block_start, block, side="right") - 1
         return self.shard_start[shard] + (block - self.block_start[shard]) * self.block + offset
+
+    def positions(self, sample: np.ndarray) -> np.ndarray:
+        """Invert `samples`: the positions in the epoch of `sample: [n] int64` ids; [n] int64."""
+        by_start = np.lexsort((self.shard_size, self.shard_start))  # empty shards before the one that begins there
+        shard = by_start[np.searchsorted(self.shard_start, sample, side="right", sorter=by_start) - 1]
+        block, offset = np.divmod(sample - self.shard_start[shard], self.block)
+        slot = self._slot_of(self.block_start[shard] + block)
+        return slot * self.block + offset - self.lack[np.searchsorted(self.short_slot, slot)]
 
     def _slot_of(self, block: np.ndarray) -> np.ndarray:
         group = np.searchsorted(self.group_start, block, side="right") - 1

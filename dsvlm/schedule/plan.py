@@ -191,7 +191,7 @@ class Plan:
         self._keys = [key64("task", schedule.seed, stream.name) for stream in schedule.streams]
         self.control = Controlled(schedule.table, controller) if controller else None
         self._blocks = self.control or _blocks_of(schedule)
-        self._recent = {task: () for task in range(len(schedule.streams))}  # the two latest (epoch, EpochOrder) of each
+        self._recent = {task: () for task in range(len(schedule.streams))}  # latest three (epoch, EpochOrder)
 
     def window(self, step: int) -> Window:
         """Return the window of update `step` (>= 0)."""
@@ -226,6 +226,19 @@ class Plan:
             sample[by_order[run]] = order.samples_of(blocks[run], slots.offset[run])
         return epoch, sample
 
+    def next_use(self, tasks: np.ndarray, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """Return the step at which samples, used in an epoch, come next, [n] int64; NEVER where their task has ended.
+
+        `tasks, epochs, samples: [n]`. Exact for accumulate and mixed without a controller, else to about a cycle or
+        decision: for caches, not for training.
+        """
+        steps = np.empty(len(samples), np.int64)
+        for task, epoch in sorted(set(zip(tasks.tolist(), epochs.tolist(), strict=True))):
+            here = (tasks == task) & (epochs == epoch)
+            position = self._order(task, epoch + 1).positions(np.asarray(samples)[here])
+            steps[here] = self._blocks.steps_of(task, (epoch + 1) * self._epoch_sizes[task] + position)
+        return steps
+
     def _order(self, task: int, epoch: int) -> EpochOrder:
         recent = self._recent[task]
         for number, order in recent:
@@ -233,7 +246,7 @@ class Plan:
                 return order
         key = int(hash64(self._keys[task], epoch)[0])
         order = EpochOrder(self._sizes[task], self.schedule.block, self.schedule.group, key)
-        self._recent[task] = ((epoch, order), *recent[:1])
+        self._recent[task] = ((epoch, order), *recent[:2])
         return order
 
 

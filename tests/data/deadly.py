@@ -46,7 +46,11 @@ class Patient(Deadly):
     image = ShardReader.image
     is_asking = False
 
-    def fetch(self, samples, when):
+    def __init__(self, manifest):
+        super().__init__(manifest)
+        self.is_remote = True
+
+    def fetch(self, samples, when, after):
         time.sleep(1.5)
 
     def record(self, sample):

@@ -187,3 +187,16 @@ def test_groups_are_local():
     sizes = np.full(12, 50)
     ids = EpochOrder(sizes, 1, 4, 3).samples(np.arange(600)).reshape(3, 200)
     assert [len(set((part // 50).tolist())) for part in ids] == [4, 4, 4]
+
+
+@steady
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    block=st.integers(1, 9),
+    group=st.integers(1, 5),
+    key=st.integers(0, 2**64 - 1),
+)
+def test_positions_invert_samples(sizes, block, group, key):
+    order = EpochOrder(np.array(sizes), block, group, key)
+    position = np.arange(sum(sizes))
+    assert np.array_equal(order.positions(order.samples(position)), position)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dsvlm.schedule.mixture import Mixture
+from dsvlm.schedule.mixture import NEVER, Mixture
+from dsvlm.schedule.mixture import Phase as MixturePhase
 from dsvlm.schedule.plan import STRATEGIES, Plan, Schedule, Stream
 
 steady = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=60)
@@ -86,7 +87,7 @@ def test_locate_pure(schedules, data):
         alone = Plan(schedule).locate(task, ordinals[one : one + 1])
         assert (alone[0][0], alone[1][0]) == (epoch[one], sample[one])
     assert np.array_equal(epoch, ordinals // size)
-    assert all(len(recent) <= 2 for recent in plan._recent.values())
+    assert all(len(recent) <= 3 for recent in plan._recent.values())
 
 
 @steady
@@ -245,3 +246,35 @@ def test_unused_settings_are_free():
     unified = replace(SCHEDULE, streams=(replace(STREAMS[0], samples=0),), strategy="unified", chunk=0)
     assert len(Plan(unified).window(0)) == 8
     assert set(STRATEGIES) == {"accumulate", "mixed", "unified", "per_rank"}
+
+
+def uses(plan, steps):
+    """{(task, sample): (epoch, step) of every use, in order}"""
+    found = {}
+    for step in range(steps):
+        window = plan.window(step)
+        epochs, samples = plan.locate_all(window.task, window.ordinal)
+        for task, epoch, sample in zip(window.task.tolist(), epochs.tolist(), samples.tolist(), strict=True):
+            found.setdefault((task, sample), []).append((epoch, step))
+    return {pair: sorted(times) for pair, times in found.items()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("phases", [(), (0, 5, 9)], ids=["one phase", "three phases"])
+def test_next_use_is_the_step_at_which_a_sample_comes_again(strategy, phases):
+    shares = ((6, 2, 4), (2, 0, 6), (1, 1, 1))
+    table = tuple(map(MixturePhase, phases, shares)) if phases else ()
+    plan = Plan(with_strategy(strategy, phases=table))
+    slack = 0 if strategy in ("accumulate", "mixed") else 14  # a cycle's slots, of one chunk or more a step
+    compared = 0
+    for (task, sample), times in uses(plan, 60).items():
+        for (epoch, _), (_, later) in zip(times, times[1:], strict=False):
+            [step] = plan.next_use(np.array([task]), np.array([epoch]), np.array([sample]))
+            assert abs(step - later) <= slack
+            compared += 1
+    assert compared > 100
+
+
+def test_a_task_that_has_ended_is_never_used_again():
+    plan = Plan(with_strategy("accumulate", phases=(MixturePhase(0, (6, 2, 4)), MixturePhase(3, (6, 0, 4)))))
+    assert plan.next_use(np.array([1, 1]), np.array([0, 0]), np.array([3, 8])).tolist() == [NEVER, NEVER]
