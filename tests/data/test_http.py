@@ -98,3 +98,17 @@ def test_shards_at_a_web_server(url, tmp_path):
         load_manifest(f"{url}/nowhere", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="no file http"):
         index_set([f"{url}/absent.tar"], "caption", tmp_path / "none")
+
+
+def test_no_connection_is_not_no_file(url, tmp_path, monkeypatch):
+    """A server that refuses is asked again and then named; only its word that there is no file is believed."""
+    waits = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    with socket.socket() as closed:               # bound and not listening: connections to it are refused
+        closed.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{closed.getsockname()[1]}/x.tar"
+        with pytest.raises(OSError, match=f"{gone} cannot be read .* after {remote.ATTEMPTS} attempts"):
+            remote.sizes([gone])
+    assert len(waits) == remote.ATTEMPTS - 1
+    (tmp_path / "x.tar").write_bytes(bytes(1000))
+    assert remote.sizes([f"{url}/x.tar", f"{url}/y.tar"]) == {f"{url}/x.tar": 1000, f"{url}/y.tar": None}
