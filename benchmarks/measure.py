@@ -13,7 +13,7 @@ from pathlib import Path
 
 IDLE_LOAD = 0.3  # above it at the start, figures are not for publishing
 PACKAGES = (
-    "torch", "numpy", "pillow", "pyarrow", "transformers", "tokenizers", "simplejpeg", "webdataset",
+    "torch", "numpy", "pillow", "pyarrow", "transformers", "tokenizers", "simplejpeg", "isal", "webdataset",
     "mosaicml-streaming", "litdata", "megatron-energon",
 )  # fmt: skip
 

@@ -3,11 +3,11 @@
 import os
 import tarfile
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 
 from benchmarks.measure import Row, interleaved, rate, ratios, spread
+from dsvlm.data.checksum import crc32
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.manifest import Manifest, load_manifest
 from dsvlm.data.reader import ShardReader
