@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsvlm.data.fields import choose_fields, make_record
 from dsvlm.data.index import scan_tar
-from dsvlm.data.manifest import INDEXED, MANIFEST, SHARDS, arrow_bytes, index_name, is_url, manifest_bytes
+from dsvlm.data.manifest import INDEXED, MANIFEST, SHARDS, arrow_bytes, index_name, is_parquet, is_url, manifest_bytes
 from dsvlm.data.shard import PARTIAL, check_free
 from dsvlm.data.stream import LocalFile, Stream
 
@@ -28,7 +28,7 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     out = Path(out)
     check_free(out)
     shards = [str(shard) for shard in shards]
-    parquet = [shard.endswith(".parquet") for shard in shards]
+    parquet = [is_parquet(shard) for shard in shards]
     if any(parquet) and not all(parquet):
         raise ValueError("tars and parquet files in one shard set: index each kind to an --out of its own")
     names = [shard_name(shard, out) for shard in shards]

@@ -16,6 +16,7 @@ SHARDS = "shards.arrow"
 INDEXED = "index"                 # in `preprocessing`: shards of another tool, how they are read, and where they lie
 SHOWN = 12                        # shard sets that a message names
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+HEADER = {"type": str, "samples": int, "shards": int, "shards_sha256": str, "members": list, "preprocessing": dict}
 SHARDS_SCHEMA = pa.schema([("name", pa.utf8()), ("samples", pa.uint32()), ("bytes", pa.uint64()),
                            ("sha256", pa.utf8()), ("index_sha256", pa.utf8())])
 
@@ -59,13 +60,18 @@ class Manifest:
     @property
     def is_parquet(self) -> bool:
         """Whether the shards are parquet files; those of one set are of one kind."""
-        return any(name.endswith(".parquet") for name in self.names)
+        return any(map(is_parquet, self.names))
 
     @property
     def image(self) -> str | None:
         """The member that is a sample's image, where that is stated; else it is the first that is one."""
         named = (self.mapping or {}).get("image")
         return "image" if named and self.is_parquet else named
+
+
+def is_parquet(name: str) -> bool:
+    """Whether a path or URL, its query left out, is that of a parquet file."""
+    return name.partition("?")[0].endswith(".parquet")
 
 
 def is_url(name: str) -> bool:
@@ -114,7 +120,9 @@ def load_manifest(directory, cache: str = "") -> Manifest:
         from dsvlm.data.remote import mirror
 
         url = str(directory).rstrip("/")
-        return replace(load_manifest(mirror(url, (MANIFEST, SHARDS), cache)), url=url)
+        manifest = replace(load_manifest(mirror(url, (MANIFEST, SHARDS), cache)), url=url)
+        _check_host(manifest)
+        return manifest
     directory = Path(directory)
     path = directory / MANIFEST
     if not path.is_file():
@@ -127,6 +135,9 @@ def load_manifest(directory, cache: str = "") -> Manifest:
         raise ValueError(f"{path} is not a manifest ({error!r}): convert the data again") from error
     if found != FORMAT:
         raise ValueError(f"{path}: format {found!r}, this version reads format {FORMAT}: convert the data again")
+    for key, kind in HEADER.items():
+        if not isinstance(header.get(key), kind):
+            raise ValueError(f"{path}: {key!r} is {header.get(key)!r}, not {kind.__name__}: convert the data again")
     table = _shards(directory / SHARDS, header["shards_sha256"])
     manifest = Manifest(
         path=directory, type=header["type"], samples=header["samples"], members=tuple(header["members"]),
@@ -170,7 +181,10 @@ def _sizes(shards: list[str]) -> dict[str, int | None]:
 
 
 def _check_names(manifest: Manifest) -> None:
-    """They lie in the set's directory, unless `dsvlm data index` made the set; a program is never run."""
+    """They lie in the set's directory, unless it names itself an index of files elsewhere; a program is never run.
+
+    Such a set may name any file its reader may read, as a symbolic link may: take it from those you trust.
+    """
     fields = (manifest.mapping or {"fields": {}}).get("fields")
     if not isinstance(fields, dict) or not all(isinstance(place, str) for place in fields.values()):
         raise ValueError(f"{manifest.path / MANIFEST}: preprocessing.{INDEXED}.fields is {fields!r}, not record keys "
@@ -181,8 +195,17 @@ def _check_names(manifest: Manifest) -> None:
         runs = "::" in name or name.startswith("pipe:")
         ours = manifest.mapping is None
         if not name or runs or "\0" in name or (ours and (away or manifest.is_parquet)):
-            raise ValueError(f"{manifest.path / SHARDS}: shard name {name!r} leaves the directory: only sets that "
-                             f"`dsvlm data index --out` made may name files elsewhere, and none may name programs")
+            raise ValueError(f"{manifest.path / SHARDS}: shard name {name!r} leaves the directory: only sets such as "
+                             f"`dsvlm data index --out` makes may name files elsewhere, and none may name programs")
+
+
+def _check_host(manifest: Manifest) -> None:
+    """A set at a URL is somebody else's: it names nothing but files of its own host."""
+    host = manifest.url.split("/")[:3]
+    for name in manifest.names:
+        if name.startswith("/") or (is_url(name) and name.split("/")[:3] != host):
+            raise ValueError(f"{manifest.url}/{SHARDS}: shard name {name!r} is no file of {'/'.join(host)}: index the "
+                             f"shards yourself with `dsvlm data index --out`")
 
 
 def _shards(path: Path, expected: str) -> dict[str, list]:

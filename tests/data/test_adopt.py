@@ -177,8 +177,33 @@ def test_a_manifest_names_files_elsewhere_only_if_index_made_it(tmp_path, name):
         if "index" in preprocessing and name in ("../x.tar", "/x.tar", "https://h/x.tar"):
             assert load_manifest(tmp_path).names == (name,)
         else:
-            with pytest.raises(ValueError, match="leaves the directory: only sets that `dsvlm data index --out` made"):
+            with pytest.raises(ValueError, match="leaves the directory: only sets such as"):
                 load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file:///etc/hostname", "/etc/hostname", "memory://elsewhere/x.tar", "x.tar"])
+def test_a_set_at_a_url_names_files_of_its_host_only(tmp_path, name):
+    import fsspec
+
+    row = {"name": name, "samples": 1, "bytes": 1, "sha256": "", "index_sha256": ""}
+    indexed = {"index": {"version": 1, "fields": {"caption": "txt"}, "image": None}}
+    table, header = manifest_bytes("caption", [row], {"txt"}, indexed)
+    for file, data in (("shards.arrow", table), ("manifest.json", header)):
+        fsspec.filesystem("memory").pipe_file(f"/host/{file}", data)
+    if name == "x.tar":
+        assert load_manifest("memory://host", str(tmp_path)).shard(0) == "memory://host/x.tar"
+    else:
+        with pytest.raises(ValueError, match="is no file of memory://host: index the shards yourself"):
+            load_manifest("memory://host", str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"preprocessing": None}, {"members": 5}, {"type": 5}, {"shards_sha256": None}])
+def test_a_damaged_header_is_one_error(tmp_path, change):
+    table, header = manifest_bytes("caption", [], {"txt"}, {})
+    (tmp_path / "shards.arrow").write_bytes(table)
+    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(header) | change))
+    with pytest.raises(ValueError, match=f"manifest.json: '{next(iter(change))}' is .*: convert the data again"):
+        load_manifest(tmp_path)
 
 
 def test_manifests_that_were_written_before_are_read_as_before(tmp_path):
