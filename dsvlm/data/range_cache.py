@@ -1,25 +1,29 @@
 """A directory on the node that holds ranges of remote shards, shared by all processes of the node.
 
-`ranges/SHARD/START-STOP` holds the bytes START to STOP of a shard (the first half of its sha256). A file's time of
-change is the training step of its next use, so that every process evicts by the same order. `START-STOP.part` is both
-the file being written and the lock of its writer.
+`ranges/SHARD/REGION/START-STOP` holds the bytes START to STOP of a shard (the first half of its sha256), which begin in
+its region number REGION, so that no directory grows with the shard. A file's time of change is the training step of its
+next use, so that every process evicts by the same order. `START-STOP.part` is both the file being written and the lock
+of its writer. `ranges/total`, 8 bytes, is the size of all files; who changes it holds its lock.
 """
 
-import fcntl
 import os
 import re
 import threading
-from bisect import bisect_right, insort
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from dsvlm.data.locks import lock, release, remove_if_left, wait_for
 from dsvlm.data.stream import LocalFile
 
 OPEN_RANGES = 64                  # per process
 IN_USE = 2                        # steps: windows that are read while a later one is fetched
-PART = ".part"
+REGION = 2**23                    # bytes; no range but a long one reaches beyond the region after its own
+LONG = "long"                     # region of the long ones
+REMEMBERED = 2**13                # regions whose ranges a process remembers
+PART, TOTAL = ".part", "total"
 OURS = re.compile(r"\d+-\d+(\.part)?")    # nothing else is ever removed, whatever directory we were given
 
 
@@ -44,17 +48,15 @@ class Part(NamedTuple):
 class RangeCache:
     """Ranges by shard; safe between threads and processes; a file in it may vanish or be damaged at any time.
 
-    limit: bytes of all files, kept by every process within a few percent.
+    limit: bytes of all files that every process can read; those being written come on top of it.
     """
 
     def __init__(self, directory: Path, limit: int):
         self.given, self.limit = Path(directory), limit
         self.directory = self.given / "ranges"
-        self._known: dict[str, list[tuple[int, int]]] = {}
+        self._known: dict[tuple[str, str], list[tuple[int, int]]] = {}
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_RANGES)(LocalFile)
-        # Bytes written since the directory was last looked at, and how many may be before it is again.
-        self._unseen, self._room = 0, 0
 
     def __reduce__(self):
         return RangeCache, (self.given, self.limit)
@@ -88,12 +90,12 @@ class RangeCache:
             return None
         path = self._path(shard, start, stop)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = _locked(path.with_name(path.name + PART), wait)
+        handle = lock(path.with_name(path.name + PART), wait)
         if handle is None:
             return None
         if self._touch(path, step):               # another process was faster
             os.unlink(f"{path}{PART}")
-            _release(handle)
+            release(handle)
             self._learn(shard, start, stop)
             return None
         return Part(shard, start, stop, step, handle)
@@ -107,32 +109,14 @@ class RangeCache:
             Path(f"{path}{PART}").unlink(missing_ok=True)
             raise
         finally:
-            _release(part.handle)
+            release(part.handle)
 
     def forget(self, shard: str, offset: int, size: int) -> None:
         """Remove the ranges that cover these bytes: they are damaged."""
-        self._look(shard, offset, size)
-        while covering := self._covering(shard, offset, offset + size):
+        while self._look(shard, offset, size) and (covering := self._covering(shard, offset, offset + size)):
             self._path(shard, *covering).unlink(missing_ok=True)
             self._unlearn(shard, covering)
         self._open.cache_clear()
-
-    def evict(self, step: int) -> None:
-        """Remove files until the limit holds: used ones first, then those whose next use is farthest from `step`."""
-        entries = self._entries()
-        total = sum(entry.size for entry in entries)
-        if total > self.limit:
-            used = [entry for entry in entries if entry.step < step - IN_USE]
-            ahead = [entry for entry in entries if entry.step >= step - IN_USE]
-            for entry in sorted(used) + sorted(ahead, reverse=True):
-                try:
-                    entry.path.unlink(missing_ok=True)
-                except OSError:
-                    continue
-                total -= entry.size
-                if total <= 0.9 * self.limit:
-                    break
-        self._unseen, self._room = 0, (self.limit - total) // 16
 
     def _read_known(self, shard: str, offset: int, size: int) -> bytes | None:
         while covering := self._covering(shard, offset, offset + size):
@@ -152,41 +136,82 @@ class RangeCache:
             with open(part.handle, "wb", closefd=False) as file:
                 file.write(data)
             os.utime(f"{path}{PART}", (part.step, part.step))
-            os.rename(f"{path}{PART}", path)
+            self._publish(path, len(data), part.step)
         except OSError:
             Path(f"{path}{PART}").unlink(missing_ok=True)
             return data
         self._learn(part.shard, part.start, part.stop)
-        with self._lock:
-            self._unseen += len(data)
-            full = self._unseen > self._room
-        if full:
-            self.evict(part.step)
         return data
+
+    def _publish(self, path: Path, size: int, step: int) -> None:
+        """Give what was written its name, and make room once all processes together have written too much."""
+        handle = lock(self.directory / TOTAL)
+        try:
+            os.rename(f"{path}{PART}", path)
+            counted = os.pread(handle, 8, 0)
+            total = int.from_bytes(counted, "little") + size
+            if len(counted) < 8 or total > self.limit:
+                total = self._evict(step)
+            os.pwrite(handle, total.to_bytes(8, "little"), 0)
+        finally:
+            release(handle)
+
+    def _evict(self, step: int) -> int:
+        """Remove files until the limit holds: used ones first, then those whose next use is farthest from `step`.
+
+        Returns the bytes that stay.
+        """
+        entries = self._entries()
+        total = sum(entry.size for entry in entries)
+        if total <= self.limit:
+            return total
+        used = [entry for entry in entries if entry.step < step - IN_USE]
+        ahead = [entry for entry in entries if entry.step >= step - IN_USE]
+        for entry in sorted(used) + sorted(ahead, reverse=True):
+            try:
+                entry.path.unlink(missing_ok=True)
+            except OSError:
+                continue
+            total -= entry.size
+            try:
+                entry.path.parent.rmdir()         # a region of which nothing is left
+            except OSError:
+                pass
+            if total <= 0.9 * self.limit:
+                break
+        return total
 
     def _covering(self, shard: str, start: int, stop: int) -> tuple[int, int] | None:
         with self._lock:
-            ranges = self._known.get(shard, [])
-            for at in range(bisect_right(ranges, (start, 2**63)) - 1, -1, -1):
-                if ranges[at][1] >= stop:
-                    return ranges[at]
+            for region in _regions(start):
+                ranges = self._known.get((shard, region), ())
+                at = bisect_left(ranges, (start + 1,))
+                if at and ranges[at - 1][1] >= stop:
+                    return ranges[at - 1]
         return None
 
     def _look(self, shard: str, offset: int, size: int, wait: bool = True) -> bool:
         """Learn what other processes fetched, and wait for what they are fetching; whether these bytes are among it."""
-        found = self._ranges(shard)
-        for start, stop, name in found:
-            if wait and name.endswith(PART) and start <= offset and offset + size <= stop:
-                _wait(self.directory / shard / name)
-                found = self._ranges(shard)
-                break
-        with self._lock:
-            self._known[shard] = sorted((start, stop) for start, stop, name in found if not name.endswith(PART))
+        for region in _regions(offset):
+            found = self._ranges(shard, region)
+            for start, stop, name in found:
+                if wait and name.endswith(PART) and start <= offset and offset + size <= stop:
+                    wait_for(self.directory / shard / region / name)
+                    found = self._ranges(shard, region)
+                    break
+            known: list[tuple[int, int]] = []
+            for start, stop, name in sorted(found):
+                if not name.endswith(PART):
+                    _insert(known, start, stop)
+            with self._lock:
+                if len(self._known) >= REMEMBERED:
+                    self._known.clear()
+                self._known[shard, region] = known
         return self._covering(shard, offset, offset + size) is not None
 
-    def _ranges(self, shard: str) -> list[tuple[int, int, str]]:
+    def _ranges(self, shard: str, region: str) -> list[tuple[int, int, str]]:
         try:
-            names = os.listdir(self.directory / shard)
+            names = os.listdir(self.directory / shard / region)
         except OSError:
             return []
         ends = [(name.removesuffix(PART).partition("-"), name) for name in names]
@@ -195,12 +220,12 @@ class RangeCache:
     def _entries(self) -> list[Entry]:
         """All files; what writers that died have left is removed."""
         entries = []
-        for path in self.directory.glob("*/*-*"):
+        for path in self.directory.glob("*/*/*-*"):
             if not OURS.fullmatch(path.name):
                 continue
             try:
                 if path.name.endswith(PART):
-                    _remove_if_left(path)
+                    remove_if_left(path)
                 else:
                     status = path.stat()
                     entries.append(Entry(int(status.st_mtime), status.st_size, path))
@@ -218,65 +243,36 @@ class RangeCache:
         return True
 
     def _path(self, shard: str, start: int, stop: int) -> Path:
-        return self.directory / shard / f"{start}-{stop}"
+        return self.directory / shard / _region(start, stop) / f"{start}-{stop}"
 
     def _learn(self, shard: str, start: int, stop: int) -> None:
         with self._lock:
-            ranges = self._known.setdefault(shard, [])
-            if (start, stop) not in ranges:
-                insort(ranges, (start, stop))
+            _insert(self._known.setdefault((shard, _region(start, stop)), []), start, stop)
 
     def _unlearn(self, shard: str, covering: tuple[int, int]) -> None:
         with self._lock:
-            if covering in self._known.get(shard, []):
-                self._known[shard].remove(covering)
+            ranges = self._known.get((shard, _region(*covering)), [])
+            if covering in ranges:
+                ranges.remove(covering)
 
 
-def _locked(path: Path, wait: bool) -> int | None:
-    """A descriptor of the file, locked, made anew while others take it away under us; None when it is theirs."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                return handle
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except OSError:                           # a file system without locks: the caller does without a cache
-            os.close(handle)
-            raise
-        os.close(handle)
+def _region(start: int, stop: int) -> str:
+    """Where a range lies."""
+    return str(start // REGION) if stop - start <= REGION else LONG
 
 
-def _release(handle: int) -> None:
-    """Unlock before closing: a forked process may hold the same open file."""
-    fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
+def _regions(start: int) -> tuple[str, str, str]:
+    """Where ranges may lie that cover the byte at `start`."""
+    return str(start // REGION), str(start // REGION - 1), LONG
 
 
-def _wait(path: Path) -> None:
-    """Until the writer of a part has let go of it."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+def _insert(ranges: list[tuple[int, int]], start: int, stop: int) -> None:
+    """Keep ranges in order and none inside another: of all that begin before a byte, the last reaches farthest."""
+    first = last = bisect_left(ranges, (start,))
+    if first and ranges[first - 1][1] >= stop:
         return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH)
-    except OSError:
-        pass                                      # a file system without locks: nobody writes there either
-    finally:
-        os.close(handle)
-
-
-def _remove_if_left(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(handle)
+    if first < len(ranges) and ranges[first][0] == start and ranges[first][1] >= stop:
+        return
+    while last < len(ranges) and ranges[last][1] <= stop:
+        last += 1
+    ranges[first:last] = [(start, stop)]

@@ -1,6 +1,5 @@
 """Remote shards: the same bytes as local ones, few requests, a cache that several processes share, stores that fail."""
 
-import fcntl
 import os
 import pickle
 import subprocess
@@ -17,7 +16,6 @@ from dsvlm.data import remote
 from dsvlm.data.adopt import index_set
 from dsvlm.data.cached import GAP, LONGEST, coalesce
 from dsvlm.data.manifest import check_files, join, load_manifest
-from dsvlm.data.range_cache import RangeCache
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.remote import RemoteError, RemoteFile, Stores
 from dsvlm.data.shard import ShardWriter
@@ -170,7 +168,7 @@ def test_missing_and_short_shards(reader, local):
 
 def test_damage_in_the_cache_is_mended_and_damage_in_the_store_is_the_samples(reader, local, tmp_path):
     reader.fetch(np.arange(20), 0)
-    (cached,) = (path for path in (tmp_path / "cache").glob("ranges/*/*-*") if path.parent.name != "sets")
+    (cached,) = (path for path in (tmp_path / "cache").glob("ranges/*/*/*-*"))
     data = bytearray(cached.read_bytes())
     data[::100] = bytes(len(data[::100]))
     cached.write_bytes(data)
@@ -187,41 +185,6 @@ def test_damage_in_the_cache_is_mended_and_damage_in_the_store_is_the_samples(re
     with pytest.raises(BadSample, match="k0: jpg is damaged"):
         fresh.image(0)
     assert fresh.record(0) and equal(fresh, local, range(1, 20))
-
-
-def cache_files(cache: RangeCache) -> dict[str, int]:
-    return {path.name: int(path.stat().st_mtime) for path in cache.directory.glob("s/*")}
-
-
-def test_eviction_keeps_what_is_used_next(tmp_path):
-    cache = RangeCache(tmp_path, 1000)
-
-    def load(offset: int, size: int) -> bytes:
-        return bytes(size)
-
-    for step, start in ((1, 0), (9, 300), (8, 600)):
-        cache.put("s", start, start + 300, load, step)
-    assert cache_files(cache) == {"0-300": 1, "300-600": 9, "600-900": 8}
-    cache.put("s", 900, 1200, load, 8)                        # step 1 is over: it goes first
-    assert cache_files(cache) == {"300-600": 9, "600-900": 8, "900-1200": 8}
-    cache.put("s", 600, 900, load, 10)                        # needed again, later than the others
-    cache.put("s", 1200, 1500, load, 9)
-    assert set(cache_files(cache)) == {"300-600", "900-1200", "1200-1500"}
-    assert cache.read("s", 310, 50) == bytes(50) and cache.read("s", 0, 10) is None
-
-
-def test_eviction_leaves_files_of_others_alone(tmp_path):
-    """data.remote_cache may be a directory that holds other things."""
-    others = [tmp_path / "project/my-thesis.tex", tmp_path / "ranges/s/notes-old", tmp_path / "ranges/s/dir-1/x"]
-    for path in others:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(5000))
-    (tmp_path / "ranges/s/7-8").mkdir()                       # not ours either, though it is named so
-    cache = RangeCache(tmp_path, 1000)
-    for start in range(0, 3000, 300):
-        cache.put("s", start, start + 300, lambda offset, size: bytes(size), start)
-    assert all(path.stat().st_size == 5000 for path in others) and (tmp_path / "ranges/s/7-8").is_dir()
-    assert sum(p.stat().st_size for p in (tmp_path / "ranges/s").glob("*00-*00")) <= 1000
 
 
 def test_a_cache_smaller_than_a_window_costs_requests_never_samples(reader, local, store, tmp_path):
@@ -247,32 +210,8 @@ def test_ranks_of_a_node_fetch_a_range_once(store, local, tmp_path):
     command = [sys.executable, "-c", code, f"slow://{local.path}", str(tmp_path / "cache")]
     ranks = [subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
     counts = [int(rank.communicate(timeout=60)[0]) for rank in ranks]
-    ranges = [path for path in (tmp_path / "cache").glob("ranges/*/*-*")]
+    ranges = [path for path in (tmp_path / "cache").glob("ranges/*/*/*-*")]
     assert all(rank.returncode == 0 for rank in ranks) and sum(counts) == len(ranges) and 2 <= len(ranges) <= 4
-
-
-def test_what_a_dead_writer_left_is_taken_over(tmp_path):
-    cache = RangeCache(tmp_path, 10_000)
-    (tmp_path / "ranges/s").mkdir(parents=True)
-    (tmp_path / "ranges/s/0-100.part").write_bytes(b"half")
-    (tmp_path / "ranges/s/500-600.part").write_bytes(b"half of another")
-    assert cache.read("s", 0, 10) is None                     # nobody writes it: no waiting
-    assert cache.put("s", 0, 100, lambda offset, size: b"x" * size, 0) == b"x" * 100
-    assert sorted(p.name for p in (tmp_path / "ranges/s").iterdir()) == ["0-100"] and cache.read("s", 99, 1) == b"x"
-
-
-def test_a_file_system_without_locks_costs_the_cache_only(tmp_path, monkeypatch):
-    cache = RangeCache(tmp_path, 10_000)
-    monkeypatch.setattr(fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(37, "No locks available")))
-    assert cache.put("s", 0, 100, lambda offset, size: b"x" * size, 0) == b"x" * 100
-    assert cache.read("s", 0, 10) is None
-
-
-def test_a_full_disk_costs_speed_only(tmp_path, monkeypatch):
-    cache = RangeCache(tmp_path, 10_000)
-    monkeypatch.setattr(os, "ftruncate", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert cache.put("s", 0, 100, lambda offset, size: b"x" * size, 0) == b"x" * 100
-    assert cache.read("s", 0, 10) is None and list((tmp_path / "ranges/s").iterdir()) == []
 
 
 def test_foreign_tars_at_urls(store, local, tmp_path):
