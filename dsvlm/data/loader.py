@@ -16,7 +16,7 @@ from dsvlm.data.workers import Workers
 
 __all__ = ["Draft", "LoadedWindow", "Loader", "LoaderConfig", "Source"]
 WINDOWS_AHEAD = 2  # whose texts are read while an earlier one trains
-FETCHES, TEXTS, IMAGES = 4096, 32, 16  # items of a job, at most
+FETCHES, TEXTS, IMAGES = 1024, 32, 16  # items of a job, at most
 
 
 class Loader:

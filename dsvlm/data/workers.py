@@ -5,6 +5,7 @@ the kernel, which hands over whole messages, so none is bound to a slow one and 
 answers on a socket of its own, writes pixels into shared blocks, and says in a shared word which sample it is at.
 """
 
+import errno
 import os
 import pickle
 import selectors
@@ -22,6 +23,7 @@ from dsvlm.data.reading import Reading
 from dsvlm.data.serve import IDLE, LENGTH, MOST, PLACES, STARTING
 
 PATIENCE = 300  # seconds that workers may take to start: many nodes may be reading the same Python files
+GOING = 10  # seconds that one may take to be gone
 RESTARTS = 3  # without an answer in between, after which the run cannot go on
 DEATHS = 2  # of workers at the same sample, after which it is masked
 # Images come and go by the hundred thousand bytes. By default the C library gives such memory back to the kernel each
@@ -134,7 +136,10 @@ class Workers:
         for process in self.processes:
             process.kill()  # also one that is stopped
         for process in self.processes:
-            process.wait()
+            try:
+                process.wait(GOING)
+            except subprocess.TimeoutExpired:
+                pass  # deep in a disk's or a network's driver; it is gone when that returns
         for answers in self.answers:
             answers.close()
         self.processes, self.answers = [], []
@@ -171,8 +176,9 @@ class Workers:
             skip = {place: reason for place, reason in known if reason}
             try:
                 self.queue.send(pickle.dumps((number, job.kind, job.items, job.step, job.starts, skip, job.after)))
-            except OSError:  # full, so they have enough to do; or nobody is left, which `receive` will see
-                return
+            except OSError as error:
+                assert error.errno != errno.EMSGSIZE, "jobs are small messages"
+                return  # full, so they have enough to do; or nobody is left, which `receive` will see
             self.unsent.popleft()
 
     def replace_dead(self, index: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +20,8 @@ from dsvlm.data.manifest import check_files
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Boxes, Segment, Text
 from dsvlm.data.tokenizer import TextCodec
-from dsvlm.data.transforms import decode_image
 from dsvlm.eval.generate import Room, answers, encode_question, head_answers
-from dsvlm.eval.load import latest_checkpoint, load_run
+from dsvlm.eval.load import latest_checkpoint, load_decoder, load_run
 from dsvlm.tasks import TaskType
 from dsvlm.train.build import head_indexes, make_reader, task_manifest, task_types
 from dsvlm.train.checkpoint import read_state, write_file
@@ -60,11 +59,11 @@ def evaluate(
     count = recipe.eval.samples if samples is None else samples
     if count < 1:
         raise ValueError(f"--samples: {count} must be at least 1")
-    results, rows = {}, []
+    results, rows, decode = {}, [], load_decoder(run_dir, recipe, model)
     for name in chosen:
         reader = validation_reader(recipe, name)
         kind = task_types(recipe)[name]
-        kept = read_samples(reader, kind, min(count, len(reader)), codec, model)
+        kept = read_samples(reader, kind, min(count, len(reader)), codec, model, decode)
         with tqdm(total=len(kept), desc=name, unit="sample", file=sys.stderr, disable=not progress) as bar:
             texts = answer_task(recipe, codec, model, name, kept, bar)
         records = [sample.record for sample in kept]
@@ -105,9 +104,11 @@ def validation_reader(recipe: Recipe, name: str) -> ShardReader:
     return make_reader(recipe, manifest)
 
 
-def read_samples(reader: ShardReader, kind: TaskType, count: int, codec: TextCodec, model: GitVlm) -> list[Shown]:
+def read_samples(
+    reader: ShardReader, kind: TaskType, count: int, codec: TextCodec, model: GitVlm, decode: Callable
+) -> list[Shown]:
     """The usable ones among the first `count` samples: those that training could use, with a prompt that fits."""
-    image_size, room, kept = model.config.vision_settings["image_size"], Room.of(model), []
+    room, kept = Room.of(model), []
     for number in range(count):
         try:
             record, data = reader.record(number), reader.image(number)  # any other error is the whole shard set's
@@ -117,7 +118,7 @@ def read_samples(reader: ShardReader, kind: TaskType, count: int, codec: TextCod
             segments = kind.question(record)
             encode_question(codec, segments, room)
             encode_sample(kind.sample(record), codec, sys.maxsize, room.encoder_decoder)
-            pixels = None if data is None else decode_image(data, image_size)
+            pixels = None if data is None else decode(data)
         except (KeyError, TypeError, ValueError):
             continue
         kept.append(Shown(number, record, segments, pixels))

@@ -18,7 +18,6 @@ from dsvlm.data.encode import Encoded, encode_sample
 from dsvlm.data.reader import BadSample
 from dsvlm.data.sample import Box, Image, Sample, Segment
 from dsvlm.data.tokenizer import TextCodec, prompt_segments
-from dsvlm.data.transforms import decode_image
 
 if TYPE_CHECKING:
     from dsvlm.model.git import GitVlm
@@ -116,7 +115,7 @@ def until_eos(ids: Sequence[int], eos_id: int) -> list[int]:
 
 def generate(run_dir: Path, image: Path, prompt: str, *, as_json: bool, draw: Path | None, ema: bool) -> int:
     """The `generate` command: prints the answer to one prompt, put into no template, and its boxes in the answer."""
-    from dsvlm.eval.load import load_run
+    from dsvlm.eval.load import load_decoder, load_run
 
     try:
         data = Path(image).read_bytes()
@@ -124,7 +123,7 @@ def generate(run_dir: Path, image: Path, prompt: str, *, as_json: bool, draw: Pa
         raise ValueError(f"image {image}: {error.strerror}") from None
     recipe, codec, model = load_run(run_dir, "ema" if ema else "weights")
     try:
-        pixels = decode_image(data, model.config.vision_settings["image_size"])
+        pixels = load_decoder(run_dir, recipe, model)(data)
     except BadSample as error:
         raise ValueError(f"image {image}: {error.reason}") from None
     question = ((Image(), *prompt_segments(prompt)), pixels)

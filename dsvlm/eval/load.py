@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dsvlm.config import Recipe
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
+from dsvlm.data.transforms import make_decoder
 from dsvlm.train.build import make_model
 from dsvlm.train.checkpoint import complete_checkpoints, load_weights
-from dsvlm.train.rundir import read_recipe
+from dsvlm.train.rundir import decoder_of, read_recipe
 
 if TYPE_CHECKING:
     from dsvlm.model.git import GitVlm
@@ -49,3 +53,9 @@ def load_run(
     load_weights(model, checkpoint, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return recipe, codec, model.to(device).eval()
+
+
+def load_decoder(run_dir: str | Path, recipe: Recipe, model: GitVlm) -> Callable[[bytes], np.ndarray]:
+    """What turns encoded images into the pixels that the run trained on, uint8 [3, P, P]."""
+    name = decoder_of(recipe, Path(run_dir))
+    return make_decoder(name, model.config.vision_settings["image_size"], recipe.data.dct_scaling)

@@ -1,5 +1,6 @@
 """A run from start to end: plan, check, window, metrics, checkpoint, stop; the same on every rank."""
 
+import gc
 import os
 import time
 from dataclasses import dataclass, replace
@@ -58,6 +59,8 @@ def train(recipe: Recipe) -> int:
         guard.first(clear_stop, recipe.run_dir)  # left by a start that was killed
     try:
         run = build_run(planned, guard, stop, device)
+        gc.collect()
+        gc.freeze()  # modules and model stay: collections, which every answer of a data worker sets off, pass them over
         try:
             finished = train_steps(run)
         finally:

@@ -55,7 +55,12 @@ def run_decoder(planned: Planned) -> str:
 
     Raises ValueError when it is not installed here.
     """
-    path, name = planned.recipe.run_dir / "run.json", planned.recipe.data.decoder
+    return decoder_of(planned.recipe, planned.recipe.run_dir)
+
+
+def decoder_of(recipe: Recipe, run_dir: Path) -> str:
+    """The same, of a run that may have been moved."""
+    path, name = run_dir / "run.json", recipe.data.decoder
     if name == "auto" and path.exists():
         name = json.loads(path.read_text()).get("decoder", "pillow")  # runs that do not say it are older than others
     name = resolve_decoder(name)

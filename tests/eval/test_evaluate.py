@@ -1,9 +1,14 @@
 """The figures of an evaluation are those of its answers; damaged samples are counted, not scored."""
 
+import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
+from itertools import product
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from dsvlm.cli import run
@@ -11,8 +16,10 @@ from dsvlm.data.boxes import encode_box
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import ShardReader
 from dsvlm.data.shard import ShardWriter
+from dsvlm.data.transforms import DECODERS, make_decoder
 from dsvlm.eval import evaluate as module
 from dsvlm.eval.evaluate import evaluate, read_samples, render
+from dsvlm.eval.load import load_decoder
 from dsvlm.tasks import TASK_TYPES
 
 DAMAGED = 2
@@ -69,9 +76,9 @@ BOX = [0.1, 0.1, 0.5, 0.6]
     ("pair", {"text": "red", "label": 1}, {"text": "red", "label": "red"}),
 ])  # fmt: skip
 def test_a_record_that_cannot_be_asked_or_scored_is_left_out(run_dir, loaded, tmp_path, task_type, good, bad):
-    _, codec, model = loaded
+    recipe, codec, model = loaded
     reader = write_set(run_dir, tmp_path, task_type, [good, bad, good])
-    kept = read_samples(reader, TASK_TYPES[task_type](), 3, codec, model)
+    kept = read_samples(reader, TASK_TYPES[task_type](), 3, codec, model, load_decoder(run_dir, recipe, model))
     assert [(sample.number, sample.record) for sample in kept] == [(0, good), (2, good)]
 
 
@@ -90,11 +97,28 @@ def test_an_evaluation_with_such_records_ends_and_counts_them(run_dir, tmp_path)
 
 
 def test_a_shard_set_that_cannot_be_read_is_no_skipped_sample(run_dir, loaded, tmp_path):
-    _, codec, model = loaded
+    recipe, codec, model = loaded
     reader = write_set(run_dir, tmp_path, "vqa", [{"question": "red?", "answer": "yes"}])
     (tmp_path / "shard-000000.arrow").write_bytes(b"another")
     with pytest.raises(ValueError, match="sha256"):
-        read_samples(reader, TASK_TYPES["vqa"](), 1, codec, model)
+        read_samples(reader, TASK_TYPES["vqa"](), 1, codec, model, load_decoder(run_dir, recipe, model))
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+@pytest.mark.parametrize("scaling", [False, True])
+def test_images_are_decoded_as_the_run_decoded_them(run_dir, loaded, tmp_path, decoder, scaling):
+    recipe, _, model = loaded
+    recipe = replace(recipe, data=replace(recipe.data, dct_scaling=scaling))
+    run = json.loads((run_dir / "run.json").read_text()) | {"decoder": decoder}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    data = io.BytesIO()
+    PIL.Image.fromarray(noise).save(data, "JPEG")
+    size = model.config.vision_settings["image_size"]
+    pixels = {key: make_decoder(key[0], size, key[1])(data.getvalue()) for key in product(DECODERS, (False, True))}
+    found = load_decoder(tmp_path, recipe, model)(data.getvalue())
+    assert np.array_equal(found, pixels[decoder, scaling])
+    assert not np.array_equal(found, pixels[decoder, not scaling])
 
 
 def test_true_answers_score_one(run_dir, monkeypatch):
