@@ -5,6 +5,7 @@ contestant (threads, caches, shared memory) is there when the next one runs.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -85,6 +86,8 @@ def open_contestant(args) -> Iterable:
 def timed(batches: Iterable, warm: int, count: int) -> dict:
     """Images per second over `count` batches after `warm` ones."""
     images, iterator = 0, iter(batches)
+    gc.collect()
+    gc.freeze()  # as our training does before its first step, for all contestants alike
     for _ in range(warm):
         next(iterator)
     start, cpu = time.perf_counter(), cpu_seconds(os.getpid())
