@@ -26,11 +26,12 @@ class DamagedTar(ValueError):
         self.offset, self.why = offset, why
 
 
-def walk(source) -> Iterator[Member]:
+def walk(source, several: bool = False) -> Iterator[Member]:
     """Every member of an uncompressed tar, in order: ustar, GNU long names, pax.
 
     source: `size` and `read(offset, size) -> bytes`, shorter at the end; it is read forward only and never asked for
-    more than an extended header at once. DamagedTar for a truncated or damaged archive, a member that reaches beyond
+    more than an extended header at once. several: go on with the tar that follows another one's end mark, as `cat a.tar
+    b.tar` writes them. DamagedTar for a truncated or damaged archive, a member that reaches beyond
     the end, or a sparse member.
     """
     offset, common, extra = 0, {}, {}
@@ -39,7 +40,13 @@ def walk(source) -> Iterator[Member]:
         if len(header) < BLOCK:
             raise DamagedTar(offset, "truncated, the end mark is missing")
         if not header.strip(b"\0"):
-            return _check_end(source, offset)
+            following = _after_end(source, offset)
+            if following is None:
+                return
+            if not several:
+                raise DamagedTar(offset, "damaged header, or data after the end of the archive")
+            offset, common, extra = following, {}, {}
+            continue
         if not _sum_is_right(header):
             raise DamagedTar(offset, "damaged header, or data after the end of the archive")
         kind, size = header[156:157], _number(header[124:136], offset)
@@ -68,15 +75,20 @@ def walk(source) -> Iterator[Member]:
         offset = data + (size + -size % BLOCK if has_data else 0)
 
 
-def _check_end(source, offset: int) -> None:
-    """After the last member come two zero blocks and nothing but zeros; a lone zero block may hide damage."""
-    if source.size < offset + 2 * BLOCK:
+def _after_end(source, offset: int) -> int | None:
+    """Where the first block that is not zero follows the two that end an archive; a lone zero block may hide damage."""
+    mark = source.read(offset, 2 * BLOCK)
+    if len(mark) < 2 * BLOCK:
         raise DamagedTar(offset, "truncated, the end mark is missing")
+    if mark.strip(b"\0"):
+        raise DamagedTar(offset, "damaged header, or data after the end of the archive")
     at = offset
     while block := source.read(at, LONGEST_HEADER):
-        if block.strip(b"\0"):
-            raise DamagedTar(offset, "damaged header, or data after the end of the archive")
+        zeros = len(block) - len(block.lstrip(b"\0"))
+        if zeros < len(block):
+            return at + zeros - zeros % BLOCK
         at += len(block)
+    return None
 
 
 def _sum_is_right(header: bytes) -> bool:

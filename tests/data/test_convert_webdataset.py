@@ -1,7 +1,12 @@
 """Sources that are read once from start to end become shards of our own."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +59,59 @@ def test_mistakes_are_named_and_leave_no_set(source, tmp_path, change, options, 
     with pytest.raises(ValueError, match=message):
         convert_webdataset(**{"urls": [url], "task_type": "caption", "out": tmp_path / "set"} | options)
     assert not Path(tmp_path / "set/manifest.json").exists()
+
+
+def cut_between_members(data: bytes) -> bytes:
+    """A tar without its last sample and its end mark, broken off where a member ends."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        return data[:archive.getmember("train/00004.png").offset]
+
+
+@pytest.mark.parametrize("change, url, message", [
+    (None, "pipe:cat {}; exit 3", "exit code 3|exit 3"),
+    (None, "pipe:cat {}; sleep 0.2; exit 3", "exit code 3|exit 3"),
+    (None, "pipe:cat {}; kill -9 $$", "exit code -9|exit -9"),
+    (None, "pipe:cat {0} {0} | head -c 25000", "truncated"),
+    (None, "pipe:true", "truncated"),
+    (cut_between_members, "{}", "truncated, the end mark is missing"),
+    (cut_between_members, "pipe:cat {}", "truncated, the end mark is missing"),
+    (lambda data: data + b"x" * 512, "pipe:cat {}", "damaged header, or data after the end"),
+    (lambda data: gzip.compress(data)[:-4], "{}", "EOFError"),
+    (lambda data: gzip.compress(cut_between_members(data)), "{}", "truncated, the end mark is missing"),
+    (lambda data: gzip.compress(data)[:-8] + bytes(8), "{}", "CRC check failed"),
+    (lambda data: bz2.compress(data)[:-4], "pipe:cat {}", "EOFError"),
+    (lambda data: lzma.compress(data)[:-4], "{}", "EOFError"),
+])
+def test_streams_that_lose_samples_are_errors(source, tmp_path, change, url, message):
+    if change is not None:
+        source.write_bytes(change(source.read_bytes()))
+    url = url.format(source)
+    with pytest.raises(ValueError, match=f"after . samples of .*({message})"):
+        convert_webdataset([url], "caption", tmp_path / "set")
+    assert not (tmp_path / "set/manifest.json").exists()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("command", ["cat {0} {1}", "cat {0}; cat {1}; head -c 1024 /dev/zero"])
+def test_tars_behind_one_another_are_all_read(tmp_path, pack, command):
+    if pack is not bytes and ";" in command:
+        command = "cat {0}; sleep 0.1; cat {1}"
+    parts = [tar(tmp_path / name, captions(start, 5)) for name, start in (("a.tar", 0), ("b.tar", 5))]
+    for part in parts:
+        part.write_bytes(pack(part.read_bytes()))
+    url = "pipe:" + command.format(*parts)
+    assert convert_webdataset([url], "caption", tmp_path / "set")["samples"] == 10
+    reader = ShardReader(load_manifest(tmp_path / "set"))
+    assert [reader.record(i)["source"] for i in range(10)] == [f"train/{i:05d}" for i in range(10)]
+    assert [reader.image(i) for i in range(10)] == [png(i) for i in range(10)]
+
+
+def test_braces_and_a_limit(tmp_path):
+    for name, start in (("a", 0), ("b", 5)):
+        tar(tmp_path / f"{name}.tar", captions(start, 5))
+    assert convert_webdataset([f"{tmp_path}/{{a,b}}.tar"], "caption", tmp_path / "all")["samples"] == 10
+    endless = f"pipe:while cat {tmp_path}/a.tar; do true; done"
+    assert convert_webdataset([endless], "caption", tmp_path / "some", limit=7)["samples"] == 7
 
 
 def test_help_says_why_a_copy(capsys):

@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-SUMMARY = """Streams WebDataset tars once, through a plain webdataset pipeline, and writes shards of our own. Exact
-training needs any sample at any time; what comes out of a program (pipe:...), or a compressed tar, can only be read in
-order, so it is copied first. Tars that are files or URLs need no copy: see `dsvlm data index --out`."""
+SUMMARY = """Streams WebDataset tars once, opened and grouped into samples by webdataset, and writes shards of our own.
+Exact training needs any sample at any time; what comes out of a program (pipe:...), or a compressed tar, can only be
+read in order, so it is copied first. Tars that are files or URLs need no copy: see `dsvlm data index --out`."""
 TRIED = 100                       # samples, of which one has to fit the fields
+META = re.compile(r"__[^/]*__($|/)")                                      # names that WebDataset keeps for itself
+UNKNOWN = 2**63                   # bytes of a stream
 
 
 def convert_webdataset(urls: list[str], task_type: str, out, fields: list[str] = (), image: str | None = None,
@@ -17,7 +22,7 @@ def convert_webdataset(urls: list[str], task_type: str, out, fields: list[str] =
     urls: whatever webdataset opens, `pipe:COMMAND` and braces included. fields: `KEY=PLACE`. image: extension of the
     image; default: a sample's first. limit: only so many samples. progress: callable(iterable, desc=str) -> iterable.
     Returns {"samples", "shards", "bytes", "hash", "fields", "skipped": {reason: count}}. ValueError when a source
-    cannot be read or none of the first samples fits.
+    cannot be read to its end, its program fails or none of the first samples fits.
     """
     from dsvlm.data.fields import choose_fields, make_record
     from dsvlm.data.index import IMAGE_SUFFIXES, is_image
@@ -80,24 +85,92 @@ def run(args: argparse.Namespace, progress=None) -> dict:
                               progress)
 
 
-def _samples(urls: list[str], limit: int | None):
+def _samples(urls: list[str], limit: int | None) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, members) of each sample in order; members: lower-case extension -> payload."""
-    import webdataset
+    from webdataset.shardlists import expand_urls
+    from webdataset.tariterators import group_by_keys
 
-    pipeline = webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None,
-                                     empty_check=False)
-    stream = iter(pipeline)
     number = 0
-    while limit is None or number < limit:
-        try:
-            sample = next(stream)
-        except StopIteration:
-            return
-        except Exception as error:                # tarfile's, a command's or a store's own
-            where = f"after {number} samples of {', '.join(urls[:3])}"
-            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-        yield sample["__key__"], {ext.lower(): data for ext, data in sample.items() if not ext.startswith("__")}
-        number += 1
+    for url in (url for given in urls for url in expand_urls(given)):
+        stream = group_by_keys(_files(url))
+        while limit is None or number < limit:
+            try:
+                sample = next(stream, None)
+            except Exception as error:            # a command's or a store's own
+                where = f"after {number} samples of {', '.join(urls[:3])}"
+                raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+            if sample is None:
+                break
+            yield sample["__key__"], {ext: data for ext, data in sample.items() if not ext.startswith("__")}
+            number += 1
+
+
+def _files(url: str) -> Iterator[dict]:
+    """The regular members of all tars in one stream, as `group_by_keys` takes them.
+
+    Python's tarfile, and so webdataset, takes a stream that breaks between two members for its end, and reads nothing
+    behind an end mark: our own walk lets no sample be lost. The stream is read to its end, where checksums of
+    compressed ones are, and its program must say that all went well.
+    """
+    from webdataset.gopen import gopen
+
+    from dsvlm.data.stream import Stream
+    from dsvlm.data.tar import walk
+
+    file = gopen(url, "rb")
+    try:
+        plain = _decompressed(file)
+        stream = Stream(lambda offset, size: plain.read(size), UNKNOWN)
+        for member in walk(stream, several=True):
+            if member.regular and not META.match(member.name):
+                yield {"fname": member.name, "data": _payload(stream, member), "__url__": url}
+        process = getattr(file, "proc", None)
+        if process is not None and process.wait():
+            raise OSError(f"{url} ended with exit code {process.returncode}")
+    finally:
+        with suppress(Exception):                 # a program that is ended early may complain
+            file.close()
+
+
+def _payload(stream, member) -> bytes:
+    """The bytes of a member, piece by piece: its size is a claim."""
+    from dsvlm.data.index import PAYLOAD
+    from dsvlm.data.tar import DamagedTar
+
+    stop = member.offset + member.size
+    pieces = []
+    for at in range(member.offset, stop, PAYLOAD):
+        pieces.append(stream.read(at, min(PAYLOAD, stop - at)))
+        if len(pieces[-1]) < min(PAYLOAD, stop - at):
+            found = sum(map(len, pieces))
+            raise DamagedTar(member.offset, f"truncated: {found} of {member.size} bytes of {member.name!r}")
+    return b"".join(pieces)
+
+
+class _Resumed:
+    """A file of which the first bytes were read already."""
+
+    def __init__(self, head: bytes, file):
+        self.head, self.file = head, file
+
+    def read(self, size: int) -> bytes:
+        head, self.head = self.head[:size], self.head[size:]
+        return head + self.file.read(size - len(head)) if len(head) < size else head
+
+
+def _decompressed(file):
+    """What a file holds; which compression it has, its first bytes say."""
+    import bz2
+    import gzip
+    import lzma
+
+    head = file.read(6)
+    whole = _Resumed(head, file)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=whole, mode="rb")
+    if head.startswith(b"BZh"):
+        return bz2.BZ2File(whole)
+    return lzma.LZMAFile(whole) if head == b"\xfd7zXZ\0" else whole
 
 
 def _with_first(first, rest, progress):
