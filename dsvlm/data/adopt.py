@@ -3,27 +3,40 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from dsvlm.data.fields import choose_fields, make_record
-from dsvlm.data.index import scan_tar
-from dsvlm.data.manifest import INDEXED, MANIFEST, SHARDS, arrow_bytes, index_name, is_parquet, is_url, manifest_bytes
+from dsvlm.data.index import ShardIndex
+from dsvlm.data.manifest import (
+    INDEXED,
+    MANIFEST,
+    SHARDS,
+    SHARDS_SCHEMA,
+    index_name,
+    is_parquet,
+    is_url,
+    manifest_bytes,
+)
+from dsvlm.data.scans import Scan, Unfinished, each, open_file
 from dsvlm.data.shard import PARTIAL, check_free
-from dsvlm.data.stream import LocalFile, Stream
 
 TRIED = 100                       # samples that are tried with the fields before all shards are read
 IMAGE_COLUMNS = ("image", "jpg", "png", "img")
 
 
 def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), image: str | None = None,
-              progress=None) -> dict:
+              progress=None, workers: int = 1) -> dict:
     """Write OUT/manifest.json, shards.arrow and an index per shard, so that the files train where they lie.
 
     shards: paths or URLs, all tars or all parquet files. fields: `KEY=PLACE`, see `choose_fields`. image: extension or
-    column of the image; default: the only one there is. progress: callable(iterable, desc=str) -> iterable.
-    Returns {"samples", "shards", "bytes", "members", "fields", "image", "hash"}. ValueError names what is wrong with a
-    file, or with its fields; nothing stays in OUT then.
+    column of the image; default: the only one there is. workers: processes that read shards; progress: callable(
+    iterable, desc=str, total=int) -> iterable. The result is the same for any number of them.
+    Returns {"samples", "shards", "bytes", "members", "fields", "image", "hash"}. ValueError names what is wrong with
+    the fields, when nothing stays in OUT, or with every damaged shard: then OUT/.partial keeps what was made of the
+    others, and the next call reads only those that are not there or have changed since.
     """
     out = Path(out)
     check_free(out)
@@ -31,33 +44,56 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     parquet = [is_parquet(shard) for shard in shards]
     if any(parquet) and not all(parquet):
         raise ValueError("tars and parquet files in one shard set: index each kind to an --out of its own")
+    twice = next((shard for number, shard in enumerate(shards) if shard in shards[:number]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice: its samples would count twice")
     names = [shard_name(shard, out) for shard in shards]
     indexes = [index_name(name, number) for number, name in enumerate(names)]
     for index in indexes:
         if indexes.count(index) > 1 or index == SHARDS or (out / index).exists():
             raise ValueError(f"{out / index} exists, or is the index of two shards: choose another --out")
     part = out / PARTIAL
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part.mkdir(parents=True, exist_ok=True)
     try:
-        write = _index_parquets if all(parquet) else _index_tars
-        rows, members, mapping = write(shards, part, task_type, list(fields), image, progress)
-        for row, name, index in zip(rows, names, indexes, strict=True):
-            row["name"] = name
-            os.rename(part / row.pop("file"), out / index)
-        table, header = manifest_bytes(task_type, rows, members, {INDEXED: {"version": 1} | mapping})
+        scan_all = _scan_parquets if all(parquet) else _scan_tars
+        found, members, mapping = scan_all(shards, part, task_type, list(fields), image, partial(
+            each, workers=workers, progress=progress))
+        header = _publish(out, task_type, names, indexes, found, members, mapping)
+    except ValueError as error:
+        if not isinstance(error, Unfinished):
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    finally:
+        _remove_empty(part, out)
+    return {"samples": sum(row["samples"] for row in found), "shards": len(found), "members": sorted(members),
+            "bytes": sum(row["bytes"] for row in found), "hash": hashlib.sha256(header).hexdigest()} | mapping
+
+
+def _publish(out: Path, task_type: str, names, indexes, found: list[dict], members, mapping: dict) -> bytes:
+    """Give all files their names, the manifest last; returns its bytes."""
+    part = out / PARTIAL
+    try:
+        rows = [row | {"name": name} for row, name in zip(found, names, strict=True)]
+        columns = [{column: row[column] for column in SHARDS_SCHEMA.names} for row in rows]
+        table, header = manifest_bytes(task_type, columns, members, {INDEXED: {"version": 1} | mapping})
         (part / SHARDS).write_bytes(table)
         (part / MANIFEST).write_bytes(header)
+        for row, index in zip(found, indexes, strict=True):
+            os.rename(part / row["file"], out / index)
         os.rename(part / SHARDS, out / SHARDS)
         os.rename(part / MANIFEST, out / MANIFEST)
     except BaseException:
         for name in (MANIFEST, SHARDS, *indexes):
             (out / name).unlink(missing_ok=True)
         raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return {"samples": sum(row["samples"] for row in rows), "shards": len(rows), "members": sorted(members),
-            "bytes": sum(row["bytes"] for row in rows), "hash": hashlib.sha256(header).hexdigest()} | mapping
+    shutil.rmtree(part, ignore_errors=True)
+    return header
+
+
+def _remove_empty(*directories: Path) -> None:
+    for directory in directories:
+        with suppress(OSError):       # it holds something, or is gone
+            directory.rmdir()
 
 
 def shard_name(shard: str, out: Path) -> str:
@@ -71,81 +107,78 @@ def shard_name(shard: str, out: Path) -> str:
     return os.path.relpath(path, out) if path.is_relative_to(out.parent) else str(path)
 
 
-def _index_tars(shards, directory, task_type, fields, image, progress) -> tuple[list[dict], set[str], dict]:
-    rows, members = [], set()
-    for shard in shards if progress is None else progress(shards, desc="index"):
-        stream = open_stream(shard)
-        table = scan_tar(shard, stream, image)
-        members |= {name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset")}
-        if not rows:
-            _try_fields(shard, table, choose_fields(task_type, fields, members))
-        rows.append(_write(directory, len(rows), table) | {"bytes": stream.size, "sha256": stream.sha256()})
+def _scan_tars(shards, directory, task_type, fields, image, each_shard) -> tuple[list[dict], set[str], dict]:
+    found = each_shard(Scan(directory, image=image), shards, check=partial(_check_tar, directory, task_type, fields))
+    members = {name for row in found for name in row["members"]}
     if image is not None and image not in members:
         raise ValueError(f"--image {image}: no sample has such a member; there are {', '.join(sorted(members))}")
-    return rows, members, {"fields": choose_fields(task_type, fields, members), "image": image}
+    return found, members, {"fields": choose_fields(task_type, fields, members), "image": image}
 
 
-def _try_fields(shard: str, table, fields: dict[str, str]) -> None:
-    """Of the first samples of the first shard one has to fit: the rest would take long to find that out."""
-    file, reason = open_file(shard), ""
+def _check_tar(directory: Path, task_type: str, fields: list[str], shard: str, row: dict) -> None:
+    """Whether the first tar has the fields."""
+    chosen = choose_fields(task_type, fields, row["members"])
+    table = ShardIndex(directory / row["file"]).table.slice(0, TRIED)
+    _try_fields(shard, chosen, _tar_records(shard, table, chosen))
+
+
+def _tar_records(shard: str, table, fields: dict[str, str]) -> Iterator[Callable[[], dict]]:
+    file = open_file(shard)
 
     def read(row: dict, extension: str) -> bytes:
         if not row[f"{extension}.offset"]:
             raise ValueError(f"sample {row['key']!r} has no {extension}")
         return file.read(row[f"{extension}.offset"], row[f"{extension}.size"])
 
-    for row in table.slice(0, TRIED).to_pylist():
+    return (partial(make_record, fields, partial(read, row)) for row in table.to_pylist())
+
+
+def _try_fields(shard: str, fields: dict[str, str], records: Iterable[Callable[[], object]]) -> None:
+    """Of the first samples of a shard one has to fit: the rest would take long to find that out."""
+    reason = "there is none"
+    for record in records:
         try:
-            make_record(fields, partial(read, row))
+            record()
             return
         except ValueError as error:
             reason = str(error)
     raise ValueError(f"{shard}: none of the first {TRIED} samples fits {fields}: {reason}; see --field")
 
 
-def _index_parquets(shards, directory, task_type, fields, image, progress) -> tuple[list[dict], set[str], dict]:
+def _scan_parquets(shards, directory, task_type, fields, image, each_shard) -> tuple[list[dict], set[str], dict]:
+    columns = _first(shards, _columns)
+    image = image or next((name for name in IMAGE_COLUMNS if name in columns), None)
+    mapping = {"fields": choose_fields(task_type, fields, columns, columns=True), "image": image}
+    _first(shards, partial(_try_parquet, mapping))
+    found = each_shard(Scan(directory, mapping=mapping), shards)
+    return found, {"json", "image"} if image else {"json"}, mapping
+
+
+def _first(shards: list[str], function: Callable):
+    """function(shard) of the first shard that is not damaged; ValueError of the first one when all are."""
+    wrong = []
+    for shard in shards:
+        try:
+            return function(shard)
+        except (OSError, ValueError) as error:
+            wrong.append(str(error))
+    raise ValueError(wrong[0])
+
+
+def _columns(shard: str) -> list[str]:
     import pyarrow.parquet
 
-    from dsvlm.data.parquet import RangeFile, index_parquet
+    from dsvlm.data.parquet import RangeFile
 
-    mapping, rows = None, []
-    for shard in shards if progress is None else progress(shards, desc="index"):
-        file = open_file(shard)
-        if mapping is None:
-            try:
-                columns = pyarrow.parquet.read_schema(RangeFile(file)).names
-            except (pyarrow.ArrowException, OSError) as error:
-                raise ValueError(f"{shard} is not a parquet file ({error}): copy it again") from error
-            image = image or next((name for name in IMAGE_COLUMNS if name in columns), None)
-            mapping = {"fields": choose_fields(task_type, fields, columns, columns=True), "image": image}
-        table = index_parquet(shard, file, mapping)
-        rows.append(_write(directory, len(rows), table)
-                    | {"bytes": file.size, "sha256": Stream(file.read, file.size).sha256()})
-    return rows, {"json", "image"} if mapping["image"] else {"json"}, mapping
+    try:
+        return pyarrow.parquet.read_schema(RangeFile(open_file(shard))).names
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{shard} is not a parquet file ({error}): copy it again") from error
 
 
-def _write(directory: Path, number: int, table) -> dict:
-    """Write an index under a temporary name; what the manifest says of it."""
-    data, name = arrow_bytes(table), f"{number}.arrow"
-    with (directory / name).open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"file": name, "samples": table.num_rows, "index_sha256": hashlib.sha256(data).hexdigest()}
+def _try_parquet(mapping: dict, shard: str) -> None:
+    from dsvlm.data.parquet import ParquetFile, RowGroups
 
-
-def open_file(shard: str):
-    """A shard at a path or URL: `size` and `read(offset, size)`; ValueError when there is none."""
-    if is_url(shard):
-        from dsvlm.data.remote import RemoteFile
-
-        return RemoteFile(shard)
-    if not os.path.isfile(shard):
-        raise ValueError(f"no file {shard}")
-    return LocalFile(Path(shard))
-
-
-def open_stream(shard: str) -> Stream:
-    """A shard at a path or URL, to be read once from start to end."""
-    file = open_file(shard)
-    return Stream(file.read, file.size)
+    file = ParquetFile(shard, open_file(shard), mapping, RowGroups())
+    rows = range(min(TRIED, file.rows))
+    _try_fields(shard, mapping["fields"], (partial(file.read, row, "json") for row in rows))

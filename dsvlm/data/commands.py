@@ -60,6 +60,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
                         help="where a key of the record is: an extension (caption=txt), a key of a JSON member "
                              "(question=json:qa.0.question), a column of a parquet file (question=query)")
     parser.add_argument("--image", help="extension or column of the image, where samples have several")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read shards (default: 1)")
     parser.description = ("Indexes shards of other tools; the files are left as they are. Without --out each tar gets "
                           "an index beside it. With --out the directory becomes a shard set: give it to a task.")
     parser.epilog = ("examples:\n  %(prog)s laion/*.tar --type caption --out laion/set\n"
@@ -101,7 +102,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> int:
     from dsvlm.data.index import write_index
-    from dsvlm.data.manifest import is_url
+    from dsvlm.data.manifest import is_parquet, is_url
+    from dsvlm.data.scans import each
 
     bar = _progress(args)
     if args.out is not None:
@@ -110,9 +112,9 @@ def _index(args: argparse.Namespace) -> int:
         if getattr(args, option):
             raise ValueError(f"--{option} is part of a shard set: give --out DIR too")
     for shard in args.shards:
-        if is_url(shard) or shard.endswith(".parquet"):
+        if is_url(shard) or is_parquet(shard):
             raise ValueError(f"{shard} cannot have an index beside it: give --out DIR and --type")
-    report = [write_index(shard) for shard in (args.shards if bar is None else bar(args.shards, desc="index"))]
+    report = each(write_index, args.shards, args.workers, bar)
     if not _print_json(args, report):
         for entry in report:
             print(f"{entry['index']}: {entry['samples']} samples, members {', '.join(entry['members'])}")
@@ -124,7 +126,7 @@ def _index_set(args: argparse.Namespace, bar) -> int:
 
     if args.type is None:
         raise ValueError("--type is needed with --out: which task the samples are for")
-    report = index_set(args.shards, args.type, args.out, args.field, args.image, bar)
+    report = index_set(args.shards, args.type, args.out, args.field, args.image, bar, args.workers)
     if not _print_json(args, report):
         print(f"{args.out}: {report['samples']} samples, {report['shards']} shards, {report['bytes']} bytes, "
               f"members {', '.join(report['members'])}")

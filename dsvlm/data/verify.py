@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dsvlm.data.adopt import open_file, open_stream
 from dsvlm.data.index import ShardIndex, scan_tar
 from dsvlm.data.manifest import MANIFEST, SHARDS, Manifest, is_url, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.remote import download
+from dsvlm.data.scans import open_file, open_stream
 from dsvlm.data.stream import Stream
 from dsvlm.data.transforms import decode_image
 
