@@ -39,8 +39,9 @@ class CachedFile:
             self.cache.forget(self.shard, offset, size)
         return self.file.read(offset, size)
 
-    def fetch(self, start: int, stop: int, step: int, later: Callable[[Callable[[], object]], object]) -> None:
-        """Bring one range into the cache; `step`: when it is used.
+    def fetch(self, start: int, stop: int, step: int, after: int, later: Callable[[Callable[[], object]], object]
+              ) -> None:
+        """Bring one range into the cache, which is used at `step`, and next at step `after`.
 
         later: runs a function in the background. Whoever reads the range meanwhile waits for it; should it fail, the
         reader asks, and fails, itself.
@@ -49,19 +50,20 @@ class CachedFile:
         if self.cache is None:
             return
         try:
-            part = self.cache.reserve(self.shard, start, stop, step, wait=False)
+            part = self.cache.reserve(self.shard, start, stop, step, after, wait=False)
         except OSError:
             return
         if part is not None:
             later(partial(self.cache.fill, part, self.file.read))
 
 
-def coalesce(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Extents (start, stop) as few, long ranges; none is cut, so that a sample lies in one range."""
-    ranges: list[tuple[int, int]] = []
-    for start, stop in sorted(extents):
-        if ranges and start - ranges[-1][1] <= GAP and max(stop, ranges[-1][1]) - ranges[-1][0] <= LONGEST:
-            ranges[-1] = (ranges[-1][0], max(stop, ranges[-1][1]))
+def coalesce(extents: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Extents (start, stop, next use) as few, long ranges; none is cut, so that a sample lies in one range."""
+    ranges: list[tuple[int, int, int]] = []
+    for start, stop, after in sorted(extents):
+        first, end, least = ranges[-1] if ranges else (0, -GAP - 1, 0)
+        if start - end <= GAP and max(stop, end) - first <= LONGEST:
+            ranges[-1] = first, max(stop, end), min(after, least)
         else:
-            ranges.append((start, stop))
+            ranges.append((start, stop, after))
     return ranges

@@ -47,13 +47,13 @@ def wait_for(path: Path) -> None:
         os.close(handle)
 
 
-def remove_if_left(path: Path) -> None:
+def remove_if_left(path: Path | str) -> None:
     """Remove a file unless somebody holds it."""
     handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
+        os.unlink(path)
+    except (BlockingIOError, FileNotFoundError):
         pass
     finally:
         os.close(handle)

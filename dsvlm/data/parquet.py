@@ -85,11 +85,15 @@ class ParquetFile:
         values = {name: table.column(name)[row - int(self.starts[group])].as_py() for name in table.column_names}
         return self._image(values) if kind == "image" else self._record(values)
 
-    def extents(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """(start, stop) of the columns that are read of each row's row group."""
-        groups = np.unique(np.searchsorted(self.starts, rows, side="right") - 1)
-        chunks = (chunk for group in groups.tolist() for kind in self.columns for chunk in self._chunks(group, kind))
-        return [(start, start + chunk.total_compressed_size) for chunk in chunks for start in (_start(chunk),)]
+    def extents(self, rows: np.ndarray, after: np.ndarray) -> list[tuple[int, int, int]]:
+        """(start, stop, next use) of the columns that are read of each row's row group; after: of the rows, [n]."""
+        groups = np.searchsorted(self.starts, rows, side="right") - 1
+        found = []
+        for group in np.unique(groups).tolist():
+            again = int(after[groups == group].min())
+            for chunk in (chunk for kind in self.columns for chunk in self._chunks(group, kind)):
+                found.append((_start(chunk), _start(chunk) + chunk.total_compressed_size, again))
+        return found
 
     def _load(self, group: int, kind: str) -> pa.Table:
         with self._lock:

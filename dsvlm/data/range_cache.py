@@ -1,9 +1,10 @@
 """A directory on the node that holds ranges of remote shards, shared by all processes of the node.
 
 `ranges/SHARD/REGION/START-STOP` holds the bytes START to STOP of a shard (the first half of its sha256), which begin in
-its region number REGION, so that no directory grows with the shard. A file's time of change is the training step of its
-next use, so that every process evicts by the same order. `START-STOP.part` is both the file being written and the lock
-of its writer. `ranges/total`, 8 bytes, is the size of all files; who changes it holds its lock.
+its region number REGION, so that no directory grows with the shard. A file's time of change tells all processes when it
+is used: its seconds are the training step of the next use, its nanoseconds that of the one after. `START-STOP.part` is
+both the file being written and the lock of its writer. `ranges/total`, 8 bytes, is the size of all files; its lock is
+held by who changes it.
 """
 
 import os
@@ -11,6 +12,7 @@ import re
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,17 +24,25 @@ OPEN_RANGES = 64                  # per process
 IN_USE = 2                        # steps: windows that are read while a later one is fetched
 REGION = 2**23                    # bytes; no range but a long one reaches beyond the region after its own
 LONG = "long"                     # region of the long ones
+NEVER = 10**9 - 1                 # a step that no run reaches: not used again, or nobody knows when
 REMEMBERED = 2**13                # regions whose ranges a process remembers
+KEPT = 0.9                        # share of the limit that stays when room is made: to look at all files takes its time
 PART, TOTAL = ".part", "total"
 OURS = re.compile(r"\d+-\d+(\.part)?")    # nothing else is ever removed, whatever directory we were given
 
 
 class Entry(NamedTuple):
-    """A cached range on disk; step: of its next use."""
+    """A cached range on disk; step: at which it was hinted to be used; after: step of the use after that."""
 
     step: int
+    after: int
     size: int
-    path: Path
+    path: str
+
+    def next_use(self, now: int) -> int:
+        """Seen from step `now`; NEVER when nobody has said."""
+        first = now - IN_USE
+        return self.step if self.step >= first else self.after if self.after >= first else NEVER
 
 
 class Part(NamedTuple):
@@ -42,6 +52,7 @@ class Part(NamedTuple):
     start: int
     stop: int
     step: int
+    after: int
     handle: int
 
 
@@ -68,37 +79,39 @@ class RangeCache:
             data = self._read_known(shard, offset, size)
         return data
 
-    def put(self, shard: str, start: int, stop: int, load: Callable[[int, int], bytes], step: int) -> bytes | None:
-        """Fetch a range by `load(offset, size)` unless it is here; `step`: when it is used.
+    def put(self, shard: str, start: int, stop: int, load: Callable[[int, int], bytes], step: int,
+            after: int = NEVER) -> bytes | None:
+        """Fetch a range by `load(offset, size)` unless it is here; it is used at `step`, and next at step `after`.
 
         Returns the bytes when this call loaded them. A disk that is full or gone costs speed, never the run.
         """
         try:
-            part = self.reserve(shard, start, stop, step)
+            part = self.reserve(shard, start, stop, step, after)
         except OSError:
             return load(start, stop - start)
         return None if part is None else self.fill(part, load)
 
-    def reserve(self, shard: str, start: int, stop: int, step: int, wait: bool = True) -> "Part | None":
+    def reserve(self, shard: str, start: int, stop: int, step: int, after: int = NEVER, wait: bool = True
+                ) -> "Part | None":
         """The right to fetch a range, which others wait for from now on; None when it is here.
 
         wait: for another process that is fetching it; else None then too.
         """
         covering = self._covering(shard, start, stop) or (self._look(shard, start, stop - start, wait)
                                                           and self._covering(shard, start, stop))
-        if covering and self._touch(self._path(shard, *covering), step):
+        if covering and _touch(self._path(shard, *covering), step, after):
             return None
         path = self._path(shard, start, stop)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = lock(path.with_name(path.name + PART), wait)
         if handle is None:
             return None
-        if self._touch(path, step):               # another process was faster
+        if _touch(path, step, after):               # another process was faster
             os.unlink(f"{path}{PART}")
             release(handle)
             self._learn(shard, start, stop)
             return None
-        return Part(shard, start, stop, step, handle)
+        return Part(shard, start, stop, step, after, handle)
 
     def fill(self, part: "Part", load: Callable[[int, int], bytes]) -> bytes:
         """Fetch a reserved range; the reservation ends, whatever happens."""
@@ -135,7 +148,7 @@ class RangeCache:
             os.ftruncate(part.handle, 0)
             with open(part.handle, "wb", closefd=False) as file:
                 file.write(data)
-            os.utime(f"{path}{PART}", (part.step, part.step))
+            _set_uses(f"{path}{PART}", part.step, part.after)
             self._publish(path, len(data), part.step)
         except OSError:
             Path(f"{path}{PART}").unlink(missing_ok=True)
@@ -157,7 +170,7 @@ class RangeCache:
             release(handle)
 
     def _evict(self, step: int) -> int:
-        """Remove files until the limit holds: used ones first, then those whose next use is farthest from `step`.
+        """Remove files until the limit holds, those first that are used last, seen from `step` (Belady 1966).
 
         Returns the bytes that stay.
         """
@@ -165,19 +178,17 @@ class RangeCache:
         total = sum(entry.size for entry in entries)
         if total <= self.limit:
             return total
-        used = [entry for entry in entries if entry.step < step - IN_USE]
-        ahead = [entry for entry in entries if entry.step >= step - IN_USE]
-        for entry in sorted(used) + sorted(ahead, reverse=True):
+        for entry in sorted(entries, key=lambda entry: (-entry.next_use(step), entry.step)):
             try:
-                entry.path.unlink(missing_ok=True)
+                os.unlink(entry.path)
+            except FileNotFoundError:
+                pass
             except OSError:
                 continue
             total -= entry.size
-            try:
-                entry.path.parent.rmdir()         # a region of which nothing is left
-            except OSError:
-                pass
-            if total <= 0.9 * self.limit:
+            with suppress(OSError):               # not empty: only regions of which nothing is left go
+                os.rmdir(os.path.dirname(entry.path))
+            if total <= KEPT * self.limit:
                 break
         return total
 
@@ -220,27 +231,20 @@ class RangeCache:
     def _entries(self) -> list[Entry]:
         """All files; what writers that died have left is removed."""
         entries = []
-        for path in self.directory.glob("*/*/*-*"):
-            if not OURS.fullmatch(path.name):
-                continue
-            try:
-                if path.name.endswith(PART):
-                    remove_if_left(path)
-                else:
-                    status = path.stat()
-                    entries.append(Entry(int(status.st_mtime), status.st_size, path))
-            except OSError:
-                continue                          # removed by another process meanwhile
+        for shard in _scan(self.directory):
+            for region in _scan(shard):
+                for file in _scan(region):
+                    if not OURS.fullmatch(file.name):
+                        continue
+                    try:
+                        if file.name.endswith(PART):
+                            remove_if_left(file.path)
+                        else:
+                            status = file.stat()
+                            entries.append(Entry(*_uses(status), status.st_size, file.path))
+                    except OSError:
+                        continue                  # removed by another process meanwhile
         return entries
-
-    def _touch(self, path: Path, step: int) -> bool:
-        """Note the next use of a file; whether it is there."""
-        try:
-            latest = max(step, int(path.stat().st_mtime))
-            os.utime(path, (latest, latest))
-        except OSError:
-            return False
-        return True
 
     def _path(self, shard: str, start: int, stop: int) -> Path:
         return self.directory / shard / _region(start, stop) / f"{start}-{stop}"
@@ -254,6 +258,34 @@ class RangeCache:
             ranges = self._known.get((shard, _region(*covering)), [])
             if covering in ranges:
                 ranges.remove(covering)
+
+
+def _uses(status: os.stat_result) -> tuple[int, int]:
+    return divmod(status.st_mtime_ns, 10**9)
+
+
+def _set_uses(path, step: int, after: int) -> None:
+    time = step * 10**9 + min(after, NEVER)
+    os.utime(path, ns=(time, time))
+
+
+def _touch(path: Path, step: int, after: int) -> bool:
+    """Note the uses of a file that somebody else may have noted uses of; whether it is there."""
+    try:
+        known = _uses(path.stat())
+        latest = max(step, known[0])
+        _set_uses(path, latest, min((use for use in (known[1], after) if use > latest), default=NEVER))
+    except OSError:
+        return False
+    return True
+
+
+def _scan(directory) -> list[os.DirEntry]:
+    try:
+        with os.scandir(directory) as found:
+            return list(found)
+    except OSError:                               # no directory, or none any more
+        return []
 
 
 def _region(start: int, stop: int) -> str:

@@ -94,19 +94,21 @@ class ShardReader:
     def fetch(self, samples: np.ndarray, when: int, after: np.ndarray | None = None) -> None:
         """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards.
 
-        after: step at which each is read next, [n] int64 (`Plan.next_use`); None = unknown.
-
         Their parts of remote shards come into the node's cache, neighbours in one request, several requests at a time,
         in the background: reading one of them waits for it.
+        after: step at which each is read next, [n] int64 (`Plan.next_use`): what is read last makes room; None =
+        nobody knows, so these make room first.
         """
         if not self.is_remote or not len(samples):
             return
         from dsvlm.data.cached import coalesce
+        from dsvlm.data.range_cache import NEVER
 
-        for shard, rows in self._groups(samples):
+        after = np.full(len(samples), NEVER) if after is None else np.asarray(after)
+        for shard, rows, where in self._groups(samples):
             if shard.is_remote:
-                for start, stop in coalesce(shard.extents(rows)):
-                    shard.file.fetch(start, stop, when, self._shared.later)
+                for start, stop, again in coalesce(shard.extents(rows, after[where])):
+                    shard.file.fetch(start, stop, when, again, self._shared.later)
 
     @property
     def is_asking(self) -> bool:
@@ -120,11 +122,11 @@ class ShardReader:
         return self._shard(number), sample - self._starts[number]
 
     def _groups(self, samples: np.ndarray):
-        """(shard, rows in it) for each shard that holds some of the samples."""
+        """(shard, rows in it, which of the samples these are: [n] bool) for each shard that holds some of them."""
         samples = np.asarray(samples, np.int64)
         numbers = np.searchsorted(self._starts, samples, side="right") - 1
         for number in np.unique(numbers).tolist():
-            yield self._shard(number), samples[numbers == number] - self._starts[number]
+            yield self._shard(number), samples[numbers == number] - self._starts[number], numbers == number
 
 
 class _Shared:
@@ -225,10 +227,10 @@ class _Shard:
             data = self._repaired(row, extension, data)
         return data
 
-    def extents(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """(start, stop) of what training reads of each row."""
+    def extents(self, rows: np.ndarray, after: np.ndarray) -> list[tuple[int, int, int]]:
+        """(start, stop, next use) of what training reads of each row; after: step at which each is used next."""
         if self.parquet is not None:
-            return self.parquet.extents(rows)
+            return self.parquet.extents(rows, after)
         places = [] if self.mapping is None else list(self.mapping["fields"].values())
         wanted = {*self.index.images, *(place.partition(":")[0] for place in places or ["json"])}
         starts, stops = np.full(len(rows), 2**62), np.zeros(len(rows), np.int64)
@@ -238,7 +240,8 @@ class _Shard:
             starts = np.where(offset > 0, np.minimum(starts, offset), starts)
             stops = np.where(offset > 0, np.maximum(stops, stop), stops)
         stops = np.minimum(stops, self.file.size)
-        return [(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True) if start < stop]
+        found = zip(starts.tolist(), stops.tolist(), after.tolist(), strict=True)
+        return [(start, stop, again) for start, stop, again in found if start < stop]
 
     def _elsewhere(self, row: int, extension: str, offset: int, size: int) -> bytes:
         if self.parquet is None:

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsvlm.data.range_cache import REGION, RangeCache
+from dsvlm.data.range_cache import NEVER, REGION, RangeCache
+from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use, next_use
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,6 +44,39 @@ def test_eviction_keeps_what_is_used_next(tmp_path):
     cache.put("s", 1200, 1500, load, 9)
     assert set(cache_files(cache)) == {"300-600", "900-1200", "1200-1500"}
     assert cache.read("s", 310, 50) == bytes(50) and cache.read("s", 0, 10) is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_misses_are_the_fewest_possible(tmp_path, known):
+    """400 ranges in a new order each epoch, room for half: as Belady's, where the plan says what comes when."""
+    count, room, batch = 400, 200, 8
+    rng = np.random.default_rng(0)
+    items = np.concatenate([rng.permutation(count) for _ in range(5)])
+    again = next_use(items) // batch
+    cache, asked = RangeCache(tmp_path, room * 10), []
+
+    def load(offset: int, size: int) -> bytes:
+        asked.append(offset)
+        return bytes(size)
+
+    for access, item in enumerate(items.tolist()):
+        after = int(again[access]) if known and access + batch < len(items) else NEVER
+        cache.put("s", item * 20, item * 20 + 10, load, access // batch, after)
+    misses, least = len(asked) / len(items), misses_by_next_use(items, room).mean()
+    least_recent = misses_by_last_use(items, room).mean()
+    assert least < 0.65 and least_recent > 0.85
+    assert least <= misses < least + 0.05 if known else misses > least_recent - 0.1
+
+
+def test_hints_of_several_about_one_range(tmp_path):
+    """Ranks of a node hint in any order; the next uses that are not over are kept."""
+    cache = RangeCache(tmp_path, 10**6)
+    for step, after in ((10, 40), (11, 30), (9, 25), (11, 11)):
+        cache.put("s", 0, 100, zeros, step, after)
+    (path,) = cache.directory.glob("s/0/0-100")
+    assert divmod(path.stat().st_mtime_ns, 10**9) == (11, 25)
+    cache.put("s", 0, 100, zeros, 25, 2**31 - 1)
+    assert divmod(path.stat().st_mtime_ns, 10**9) == (25, NEVER)
 
 
 def test_eviction_leaves_files_of_others_alone(tmp_path):

@@ -109,11 +109,12 @@ def test_fetches_go_side_by_side(store, local, tmp_path):
 
 
 def test_coalesce():
-    assert coalesce([(5, 9), (0, 5), (9 + GAP, 10 + GAP)]) == [(0, 10 + GAP)]
-    assert coalesce([(0, 5), (6 + GAP, 7 + GAP)]) == [(0, 5), (6 + GAP, 7 + GAP)]
+    assert coalesce([(5, 9, 3), (0, 5, 4), (9 + GAP, 10 + GAP, 7)]) == [(0, 10 + GAP, 3)]
+    assert coalesce([(0, 5, 1), (6 + GAP, 7 + GAP, 0)]) == [(0, 5, 1), (6 + GAP, 7 + GAP, 0)]
     half = LONGEST // 2
-    assert coalesce([(0, half), (half, 2 * half), (2 * half, 3 * half)]) == [(0, 2 * half), (2 * half, 3 * half)]
-    assert coalesce([(0, 100), (10, 20), (30, 130)]) == [(0, 130)] and coalesce([]) == []
+    assert coalesce([(0, half, 5), (half, 2 * half, 6), (2 * half, 3 * half, 1)]) == [
+        (0, 2 * half, 5), (2 * half, 3 * half, 1)]
+    assert coalesce([(0, 100, 2), (10, 20, 1), (30, 130, 3)]) == [(0, 130, 1)] and coalesce([]) == []
 
 
 def test_a_store_that_fails_now_and_then_is_asked_again(store, local, tmp_path):

@@ -106,9 +106,9 @@ def test_requests_are_those_of_the_reader(samples):
     for step in range(3):
         groups = {key[:3] for key in samples if key[0] == step}
         ranges = [part for key in groups
-                  for part in coalesce((row * size, (row + 1) * size) for *k, row in samples if tuple(k) == key)]
+                  for part in coalesce((row * size, (row + 1) * size, 0) for *k, row in samples if tuple(k) == key)]
         assert requests[step] == len(ranges)
-        assert length[step] == sum(stop - start for start, stop in ranges)
+        assert length[step] == sum(stop - start for start, stop, _ in ranges)
 
 
 def test_requests_bridge_small_gaps_and_stay_short():
