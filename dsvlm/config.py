@@ -38,7 +38,7 @@ class DataConfig:
     decoder: str = "auto"  # auto: simplejpeg when installed | pillow | simplejpeg; the run records which it was
     dct_scaling: bool = False  # JPEGs twice as large as needed, or more, are decoded at a half, quarter or eighth
     remote_cache: str = ""  # directory on the node for parts of remote shards; default: below the temporary directory
-    remote_cache_mb: int = 10_000
+    remote_cache_mb: int = 10_000  # of a node; 0 = no cache: what is read again is asked for again
     shared_shards: bool = False  # lets two tasks read the same shard
 
 

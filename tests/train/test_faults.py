@@ -233,6 +233,10 @@ def test_a_run_keeps_the_decoder_that_auto_was(root, tmp_path, monkeypatch):
 
 
 def test_a_worker_that_hangs_must_be_replaced_before_the_ranks_give_up(root):
-    with pytest.raises(ValueError, match=r"data.worker_timeout: 20 seconds must be less than train.timeout \(20\)"):
-        tiny(root, data__workers=1, train__timeout=20)
-    tiny(root, data__workers=0, train__timeout=20)
+    """The sample is masked after its second hang, so two of them and the rest of the window must fit."""
+    message = r"worker_timeout: 20 seconds are more than a third of train.timeout \(59\).* lower it, or .* to 60"
+    with pytest.raises(ValueError, match=message):
+        tiny(root, data__workers=1, train__timeout=59)
+    tiny(root, data__workers=0, train__timeout=59)
+    tiny(root, data__workers=1, train__timeout=60)
+    tiny(root, data__workers=1, train__timeout=59, data__worker_timeout=19)
