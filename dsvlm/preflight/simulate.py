@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsvlm.data.index import has_images
 from dsvlm.data.lengths import Lengths
+from dsvlm.data.loader import FETCHES, WINDOWS_AHEAD
+from dsvlm.data.manifest import Manifest, is_url
 from dsvlm.data.remote import CONCURRENT
 from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use
 from dsvlm.preflight.lengths import Cut
@@ -81,7 +84,11 @@ def simulate(planned: Planned, cluster: Cluster, store: Store, steps: range, pro
     dealt = deal_steps(planned, cut.deal, cluster, progress(steps, desc="simulate", unit="step"), waste)
     reads = node_reads(planned.plan, planned.manifests.values(), dealt, cluster.ranks, steps)
     cache, missed = through_cache(reads, store)
-    requests, size = reads.requests(missed)
+    workers = planned.recipe.data.workers
+    if store.cache_mb:
+        (requests, size), streams = reads.requests(missed), fetch_streams(reads, workers)
+    else:
+        (requests, size), streams = member_requests(reads, planned), reader_streams(reads, workers)
     report = {
         "recipe": planned.recipe.name,
         "world_size": cluster.world_size, "nodes": cluster.nodes, "node": cluster.node, "ranks": len(cluster.ranks),
@@ -95,8 +102,9 @@ def simulate(planned: Planned, cluster: Cluster, store: Store, steps: range, pro
             "shards": summary(reads.shards_open()),
         },
         "cache": cache,
-        "store": demand(store, cluster, requests, size)
-        | {"samples_per_request": int(missed.sum()) / max(1.0, float(requests.sum()))},
+        "store": demand(store, cluster, requests, size, streams)
+        | {"windows_ahead": WINDOWS_AHEAD if workers else 0,
+           "samples_per_request": int(missed.sum()) / max(1.0, float(requests.sum()))},
     }  # fmt: skip
     return report | {"findings": findings(report, planned)}
 
@@ -150,22 +158,45 @@ def through_cache(reads: NodeReads, store: Store) -> tuple[dict, np.ndarray]:
     return report, missed
 
 
-def demand(store: Store, cluster: Cluster, requests: np.ndarray, size: np.ndarray) -> dict:
+def fetch_streams(reads: NodeReads, workers: int) -> np.ndarray:
+    """Requests that the node has under way at a time in each step, [steps] int64, while windows are fetched.
+
+    Each rank's samples of a task are hinted in jobs, and a process asks for those of a task by CONCURRENT threads.
+    """
+    share, samples = np.unique(np.stack([reads.step, reads.rank, reads.task]), axis=1, return_counts=True)
+    processes = np.minimum(max(1, workers), -(-samples // FETCHES))
+    return reads.per_step(share[0], processes * CONCURRENT).astype(np.int64)
+
+
+def member_requests(reads: NodeReads, planned: Planned) -> tuple[np.ndarray, np.ndarray]:
+    """(requests, bytes) of each step without a cache: a text and an image are read when they are needed, one by one."""
+    members = np.array([1 + has_images(manifest) for manifest in planned.manifests.values()])
+    return reads.per_step(reads.step, members[reads.task]), reads.per_step(reads.step, reads.bytes)
+
+
+def reader_streams(reads: NodeReads, workers: int) -> np.ndarray:
+    """Processes of the node that read, [steps] int64."""
+    ranks = np.unique(np.stack([reads.step, reads.rank]), axis=1)
+    return reads.per_step(ranks[0]) * max(1, workers)
+
+
+def demand(store: Store, cluster: Cluster, requests: np.ndarray, size: np.ndarray, streams: np.ndarray) -> dict:
     """What the node asks of the store in a step, and how many requests must be under way at once in the busiest one.
 
-    requests, size: [steps], requests and their bytes. Windows are read a step ahead, so they have its time.
+    requests, size, streams: [steps], requests, their bytes, and how many of them are under way at once.
     """
-    seconds, streams = store.seconds(requests, size), CONCURRENT * len(cluster.ranks)
+    seconds, streams = store.seconds(requests, size), np.maximum(1, streams)
+    busiest = int((seconds / streams).argmax())
     found = {
         "latency_ms": store.latency_ms, "mb_per_s": store.mb_per_s, "requests": summary(requests),
-        "bytes": summary(size), "streams": streams, "step_seconds": store.step_seconds,
-        "least_step_seconds": float(seconds.max()) / streams,
+        "bytes": summary(size), "streams": int(streams[busiest]), "step_seconds": store.step_seconds,
+        "least_step_seconds": float(seconds[busiest] / streams[busiest]),
     }  # fmt: skip
     if store.step_seconds is not None:
-        needed = math.ceil(float(seconds.max()) / store.step_seconds)
+        needed = math.ceil(float(seconds[busiest]) / store.step_seconds)
         rate = float(size.mean()) / store.step_seconds / 1e6
         found |= {"streams_needed": needed, "node_mb_per_s": rate, "job_mb_per_s": rate * cluster.nodes,
-                  "keeps_up": needed <= streams}  # fmt: skip
+                  "keeps_up": needed <= found["streams"]}  # fmt: skip
     return found
 
 
@@ -176,7 +207,17 @@ def findings(report: dict, planned: Planned) -> list[str]:
     by_length, shorter = train.micro_tokens > 0, planned.schedule.block < train.micro_batch
     if by_length and report["execution"]["useful_share"] is None:
         found.append("train.micro_tokens: cut by samples here, for lengths are not known yet: see dsvlm data lengths")
-    if not store.get("keeps_up", True):
+    if not store["windows_ahead"] and any(map(is_remote, planned.manifests.values())):
+        found.append(
+            f"data.workers: 0 reads nothing ahead: the busiest step waits {store['least_step_seconds']:.2f} s for the "
+            "store before it computes; set data.workers"
+        )
+    if not store.get("keeps_up", True) and not report["cache"]["mb"]:
+        found.append(
+            f"the store does not keep up: without a cache every text and image is a request of its own, "
+            f"{store['requests']['max']:,.0f} in the busiest step; set data.remote_cache_mb"
+        )
+    elif not store.get("keeps_up", True):
         found.append(
             f"the store does not keep up: the busiest step needs {store['streams_needed']} requests at a time on a "
             f"node, which has {store['streams']}; let a step take {store['least_step_seconds']:.2f} s, make shards of "
@@ -190,6 +231,10 @@ def findings(report: dict, planned: Planned) -> list[str]:
             + ("set schedule.rounds=packed, " if straddle else "") + "or use fewer ranks"
         )  # fmt: skip
     return found
+
+
+def is_remote(manifest: Manifest) -> bool:
+    return any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
 
 
 def render(report: dict) -> str:
@@ -224,6 +269,8 @@ def render(report: dict) -> str:
         f"store        {store['latency_ms']:g} ms, {store['mb_per_s']:g} MB/s a stream: the busiest step takes "
         f"{store['least_step_seconds']:.3f} s with {store['streams']} requests at a time, "
         f"of {store['samples_per_request']:.1f} samples each",
+        "             " + (f"windows are read up to {store['windows_ahead']} steps ahead" if store["windows_ahead"]
+                           else "nothing is read ahead (data.workers: 0): steps take that time longer"),
     ]  # fmt: skip
     if store["step_seconds"] is not None:
         lines.append(

@@ -14,7 +14,7 @@ from dsvlm.config import load_recipe
 from dsvlm.data.cached import GAP, LONGEST, coalesce
 from dsvlm.data.manifest import Manifest
 from dsvlm.preflight.node import NodeReads, node_reads
-from dsvlm.preflight.simulate import Cluster, Store, simulate
+from dsvlm.preflight.simulate import Cluster, Store, render, simulate
 from dsvlm.schedule.plan import Plan, Schedule, Stream
 from dsvlm.train.build import make_deal, make_loader, plan_run
 from tests.dist.recipes import STRATEGIES
@@ -33,7 +33,7 @@ def large(planned, samples: int, block: int = 64, shards: int = 100):
     manifest = Manifest(**empty | {
         "path": Path("none"), "type": "caption", "samples": 1000 * shards,
         "names": tuple(f"{i}.tar" for i in range(shards)), "sizes": (1000,) * shards, "bytes": (65_536_000,) * shards,
-        "preprocessing": {}, "hash": "0",
+        "preprocessing": {}, "hash": "0", "url": None,
     })  # fmt: skip
     names = list(planned.recipe.tasks)[:2]
     streams = tuple(Stream(name, manifest.sizes, samples, samples) for name in names)
@@ -126,7 +126,7 @@ def test_requests_bridge_small_gaps_and_stay_short():
 def test_blocks_make_reads_long(planned):
     """64 consecutive samples of a rank are one request where the permutation keeps them together."""
     one, many = (
-        simulate(large(planned, 8 * 64, block), Cluster(8), Store(30, 200, 0), range(4), plain)["store"]
+        simulate(large(planned, 8 * 64, block), Cluster(8), Store(30, 200, 1), range(4), plain)["store"]
         for block in (64, 1)
     )
     assert one["requests"]["mean"] < 40 and many["requests"]["mean"] > 900
@@ -162,17 +162,47 @@ def test_padding_is_told_when_lengths_are_known(recipe, tmp_path, capsys):
 
 def test_store(planned):
     planned = large(planned, samples=8 * 64)  # 1,024 samples of 64 KiB a step: 67.1 MB
-    report = simulate(planned, Cluster(8), Store(30, 200, 0, 1.0), range(4), plain)["store"]
+    report = simulate(planned, Cluster(8), Store(30, 200, 1, 1.0), range(4), plain)["store"]
     most, size = report["requests"]["max"], report["bytes"]["max"]
-    assert size == pytest.approx(1024 * 65536) and report["streams"] == 16 * 8
+    assert size == pytest.approx(1024 * 65536) and report["streams"] == 2 * 16 * 8  # of each task and rank
     assert report["streams_needed"] == np.ceil(most * 0.03 + size / 200e6) and report["keeps_up"]
     assert report["node_mb_per_s"] == report["job_mb_per_s"] == pytest.approx(67.1, abs=0.1)
-    assert report["least_step_seconds"] == pytest.approx((most * 0.03 + size / 200e6) / 128)
-    slow = simulate(planned, Cluster(8), Store(30, 0.5, 0, 1.0), range(4), plain)
+    assert report["least_step_seconds"] == pytest.approx((most * 0.03 + size / 200e6) / 256)
+    slow = simulate(planned, Cluster(8), Store(30, 0.2, 1, 1.0), range(4), plain)
     assert not slow["store"]["keeps_up"] and "does not keep up" in slow["findings"][0]
     assert "raise train.micro_batch" in slow["findings"][0]  # 64, as schedule.block
-    short = simulate(large(planned, 8 * 64, block=1), Cluster(8), Store(30, 0.5, 0, 1.0), range(4), plain)
+    short = simulate(large(planned, 8 * 64, block=1), Cluster(8), Store(30, 0.2, 1, 1.0), range(4), plain)
     assert "raise schedule.block" in short["findings"][0]
+
+
+def test_without_a_cache_every_member_is_a_request(planned):
+    planned = large(planned, samples=8 * 64)
+    planned.manifests.update((name, replace(m, members=("json", "png"))) for name, m in planned.manifests.items())
+    report = simulate(planned, Cluster(8), Store(30, 200, 0, 1.0), range(4), plain)
+    store = report["store"]
+    assert store["requests"] == {"mean": 2048.0, "max": 2048.0} and store["samples_per_request"] == 0.5
+    assert store["streams"] == 8 and not store["keeps_up"] and "set data.remote_cache_mb" in report["findings"][0]
+
+
+def test_requests_at_a_time_are_those_of_the_jobs(planned):
+    """A worker fetches one job's samples of a task: 2,500 of a rank are three jobs, which two workers share."""
+    planned = large(planned, samples=2500)
+    for workers, streams, ahead in ((0, 16, 0), (2, 32, 2), (8, 48, 2)):
+        recipe = replace(planned.recipe, data=replace(planned.recipe.data, workers=workers))
+        store = simulate(replace(planned, recipe=recipe), Cluster(1), Store(30, 200, 1), range(2), plain)["store"]
+        assert store["streams"] == 2 * streams and store["windows_ahead"] == ahead
+
+
+def test_a_remote_set_without_workers_waits(planned):
+    planned = large(planned, samples=64)
+    planned.manifests.update((name, replace(m, url="https://host/set")) for name, m in planned.manifests.items())
+    report = simulate(planned, Cluster(1), Store(30, 200, 1), range(2), plain)
+    assert report["findings"][0].startswith("data.workers: 0 reads nothing ahead")
+    assert "steps take that time longer" in render(report)
+    data = replace(planned.recipe.data, workers=1)
+    report = simulate(replace(planned, recipe=replace(planned.recipe, data=data)), Cluster(1), Store(30, 200, 1),
+                      range(2), plain)  # fmt: skip
+    assert not report["findings"] and "up to 2 steps ahead" in render(report)
 
 
 def test_cache(planned):
