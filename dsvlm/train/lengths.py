@@ -1,5 +1,6 @@
 """Lengths of a recipe's samples: where side files are, how they are made, and the cut of a window that uses them."""
 
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from dsvlm.data.tokenizer import TextCodec
 from dsvlm.schedule.lengths import LengthRound, check_lengths, deal_by_length, optimal_edges
 from dsvlm.schedule.plan import Plan, Schedule, Window
 from dsvlm.train.build import Planned, make_sources, task_types
+from dsvlm.train.guard import PATIENCE
 
 EDGE_MULTIPLE = 8  # positions: what matrix units of GPUs are fed with
 SHORT = 256  # positions: where no row is longer, rounding would cost more than it gains
+RATE = 10_000  # samples whose lengths a process counts in a second, about
 EDGE_CANDIDATES = 1024  # more than these, and edges are multiples of 16, 24 and so on
 
 
@@ -96,10 +99,23 @@ def progress_bar(items, **options):
 
 
 def make_run_lengths(planned: Planned, codec: TextCodec) -> None:
-    """Rank 0's part at a start: makes what `dsvlm data lengths` has not made, in the run directory."""
-    if planned.recipe.train.micro_tokens:
-        here = dict.fromkeys(planned.manifests, planned.recipe.run_dir)
-        make_lengths(planned, codec, here, planned.recipe.data.workers)
+    """Rank 0's part at a start: makes what `dsvlm data lengths` has not made, in the run directory.
+
+    ValueError at once when that would take so long that the other ranks give up waiting.
+    """
+    recipe = planned.recipe
+    if not recipe.train.micro_tokens:
+        return
+    missing = [name for name, lengths in find_lengths(planned, codec).items() if lengths is None]
+    samples = sum(planned.manifests[name].samples for name in missing)
+    seconds = samples / RATE / max(1, recipe.data.workers)
+    if seconds > PATIENCE / 2:
+        raise ValueError(
+            f"train.micro_tokens: the lengths of {samples:,} samples ({', '.join(missing)}) are not known; to count "
+            f"them takes about {seconds / 60:,.0f} minutes, for which the other ranks would wait; make them first: "
+            f"dsvlm data lengths RECIPE --workers N"
+        )
+    make_lengths(planned, codec, dict.fromkeys(planned.manifests, recipe.run_dir), recipe.data.workers)
 
 
 def open_lengths(planned: Planned, codec: TextCodec) -> dict[str, Lengths]:
@@ -109,9 +125,11 @@ def open_lengths(planned: Planned, codec: TextCodec) -> dict[str, Lengths]:
     found = find_lengths(planned, codec)
     for name, lengths in found.items():
         if lengths is None:
+            beside, run = beside_shards(planned)[name], planned.recipe.run_dir
             raise ValueError(
-                f"task {name}: no {side_files(planned, codec)[name]} in {beside_shards(planned)[name]} or "
-                f"{planned.recipe.run_dir}; make it with dsvlm data lengths, or copy it to this node"
+                f"task {name}: no {side_files(planned, codec)[name]} on {socket.gethostname()}, in {beside} or {run}: "
+                f"copy it from the node that has it, where `dsvlm data lengths` has put it beside the shards, to "
+                f"either of these"
             )
     return found
 

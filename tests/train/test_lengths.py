@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dsvlm.data.reader import ShardReader
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train import lengths as train_lengths
 from dsvlm.train.build import make_loader, make_sources, make_tokenizer, plan_run
-from dsvlm.train.lengths import beside_shards, find_lengths, image_tokens, make_lengths, open_lengths
+from dsvlm.train.lengths import beside_shards, find_lengths, image_tokens, lengths_record, make_lengths, open_lengths
 from dsvlm.train.loop import window_fingerprint
 from tests.dist.recipes import STRATEGIES, tiny
 
@@ -106,7 +107,7 @@ def test_windows_stay_what_they_are(root, codec, tmp_path, strategy, pack):
 def test_made_next_to_the_shards_and_found_there(root, codec, tmp_path, monkeypatch):
     planned = planned_at(root, tmp_path)
     assert set(find_lengths(planned, codec).values()) == {None}
-    with pytest.raises(ValueError, match=r"task lines: no lengths-\w{16}.npy in .*dsvlm data lengths"):
+    with pytest.raises(ValueError, match=r"task lines: no lengths-\w{16}.npy on .*dsvlm data lengths"):
         open_lengths(planned, codec)
     made = make_lengths(planned, codec, shard_directories(planned))
     try:
@@ -126,6 +127,36 @@ def test_made_next_to_the_shards_and_found_there(root, codec, tmp_path, monkeypa
     finally:
         for path in made.values():
             path.unlink()
+
+
+def test_a_node_with_copies_of_its_own_is_told_what_to_copy(root, codec, tmp_path):
+    """Rank 0's node has the side files beside its shards, another one has the shards alone."""
+    theirs = shutil.copytree(root, tmp_path / "theirs")
+    first, other = planned_at(root, tmp_path / "run"), planned_at(theirs, tmp_path / "run")
+    made = make_lengths(first, codec, shard_directories(first))
+    try:
+        train_lengths.make_run_lengths(first, codec)  # rank 0 has nothing to make
+        with pytest.raises(ValueError, match="task lines: no .* copy it from the node that has it") as error:
+            open_lengths(other, codec)
+        assert made["lines"].name in str(error.value) and str(theirs / "train/lines") in str(error.value)
+        for name, path in made.items():
+            shutil.copy(path, other.manifests[name].path)
+        assert lengths_record(open_lengths(other, codec)) == lengths_record(open_lengths(first, codec))
+    finally:
+        for path in made.values():
+            path.unlink()
+
+
+def test_what_takes_too_long_at_a_start_is_refused(root, codec, tmp_path, monkeypatch):
+    """96 samples; the others wait for 30 minutes, of which half may be spent."""
+    monkeypatch.setattr(train_lengths, "RATE", 0.1)
+    slow = planned_at(root, tmp_path)
+    with pytest.raises(ValueError, match=r"96 samples \(lines, .*about 16 minutes.*data lengths RECIPE --workers N"):
+        train_lengths.make_run_lengths(slow, codec)
+    assert not list(tmp_path.glob("**/lengths-*"))
+    train_lengths.make_run_lengths(planned_at(root, tmp_path, data__workers=2), codec)
+    assert len(list(slow.recipe.run_dir.glob("lengths-*"))) == 4
+    train_lengths.make_run_lengths(slow, codec)  # nothing is left to count
 
 
 def test_remote_shards(root, codec, tmp_path):
