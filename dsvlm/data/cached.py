@@ -26,9 +26,10 @@ class CachedFile:
         if self.cache is None or not size:
             return self.file.read(offset, size)
         for _ in range(2):                # evicted between the two calls, in the worst case
-            data = self.cache.read(self.shard, offset, size)
-            if data is None:
-                data = self.cache.put(self.shard, offset, offset + size, self.file.read, self.step)
+            with self.file.stores.asking():           # if only by another process that we wait for
+                data = self.cache.read(self.shard, offset, size)
+                if data is None:
+                    data = self.cache.put(self.shard, offset, offset + size, self.file.read, self.step)
             if data is not None:
                 return data
         return self.file.read(offset, size)

@@ -2,25 +2,28 @@
 
 import fcntl
 import os
+import time
 from pathlib import Path
+
+PATIENCE = 60.0                   # seconds: who holds a lock for longer may have been stopped
+FIRST_PAUSE, LONGEST_PAUSE = 0.0005, 0.02                                # seconds, doubled each time
 
 
 def lock(path: Path, wait: bool = True) -> int | None:
-    """A descriptor of the file, made when absent, locked until `release`; None when it is others' and not waited for.
+    """A descriptor of the file, made when absent, locked until `release`; None when others hold it for too long.
 
-    The file may be renamed or removed by whoever holds it: then it is made anew.
+    wait: for others, else None at once. The file may be renamed or removed by whoever holds it: then it is made anew.
     """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if not _take(handle, fcntl.LOCK_EX, PATIENCE if wait else 0):
+                os.close(handle)
+                return None
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
                 return handle
         except FileNotFoundError:
             pass
-        except BlockingIOError:
-            os.close(handle)
-            return None
         except OSError:
             os.close(handle)
             raise
@@ -34,13 +37,13 @@ def release(handle: int) -> None:
 
 
 def wait_for(path: Path) -> None:
-    """Until nobody holds the file; at once when there is none, or no locks."""
+    """Until nobody holds the file, or for too long; at once when there is none, or no locks."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        _take(handle, fcntl.LOCK_SH, PATIENCE)
     except OSError:
         pass
     finally:
@@ -51,9 +54,23 @@ def remove_if_left(path: Path | str) -> None:
     """Remove a file unless somebody holds it."""
     handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
-    except (BlockingIOError, FileNotFoundError):
+        if _take(handle, fcntl.LOCK_EX, 0):
+            os.unlink(path)
+    except FileNotFoundError:
         pass
     finally:
         os.close(handle)
+
+
+def _take(handle: int, kind: int, patience: float) -> bool:
+    """Asks again and again: a call that blocks would do so for ever behind a process that was stopped."""
+    end, pause = time.monotonic() + patience, FIRST_PAUSE
+    while True:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)

@@ -95,7 +95,7 @@ class RangeCache:
                 ) -> "Part | None":
         """The right to fetch a range, which others wait for from now on; None when it is here.
 
-        wait: for another process that is fetching it; else None then too.
+        wait: for another process that is fetching it; None also when that takes it too long, or else at once.
         """
         covering = self._covering(shard, start, stop) or (self._look(shard, start, stop - start, wait)
                                                           and self._covering(shard, start, stop))
@@ -159,6 +159,8 @@ class RangeCache:
     def _publish(self, path: Path, size: int, step: int) -> None:
         """Give what was written its name, and make room once all processes together have written too much."""
         handle = lock(self.directory / TOTAL)
+        if handle is None:
+            raise OSError(f"{self.directory / TOTAL} is held by another process")
         try:
             os.rename(f"{path}{PART}", path)
             counted = os.pread(handle, 8, 0)

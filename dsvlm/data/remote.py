@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import stat
 import tempfile
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 ATTEMPTS = 7                      # of one request: with the waits below about 16 s
 FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0                                     # seconds, doubled each time
-CONCURRENT = 16                   # requests of one process at a time
+CONCURRENT = 16                   # requests of one reader at a time: of a task, in one process
 # Asking again does not help against these; everything else a store raises may be gone the next time.
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, NotImplementedError, ValueError)
 
@@ -26,7 +27,7 @@ class Stores:
     """The file systems that a process talks to, one per scheme and host; fsspec's own are one per thread too."""
 
     def __init__(self):
-        self._process, self._systems = os.getpid(), {}
+        self._systems: dict[tuple[int, str], object] = {}                # by process and host
         self._lock = threading.Lock()
         self.asked = 0                            # requests that have no answer yet
 
@@ -149,8 +150,10 @@ def cache_directory(cache: str) -> Path:
     default = Path(tempfile.gettempdir()) / f"dsvlm-cache-{os.getuid()}"
     directory = Path(cache) if cache else default
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not cache and directory.stat().st_uid != os.getuid():
-        raise ValueError(f"{directory} belongs to another user: set data.remote_cache to a directory of your own")
+    status = directory.lstat()                    # a link in a directory that all may write to may be anybody's
+    if not cache and (status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022 or directory.is_symlink()):
+        raise ValueError(f"{directory} is a link, or others may write to it: set data.remote_cache to a directory of "
+                         f"your own")
     return directory
 
 

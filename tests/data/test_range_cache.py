@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsvlm.data import locks
 from dsvlm.data.range_cache import NEVER, REGION, RangeCache
 from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use, next_use
 
@@ -205,3 +206,19 @@ def test_regions_of_which_nothing_is_left_are_removed(tmp_path):
     for number in range(50):
         cache.put("s", number * REGION, number * REGION + 100, zeros, number)
     assert len(list(cache.directory.glob("s/*"))) <= 10
+
+
+def test_who_holds_a_lock_for_too_long_is_not_waited_for(tmp_path, monkeypatch):
+    """A stopped process may hold a range, or the total, for good."""
+    monkeypatch.setattr(locks, "PATIENCE", 0.05)
+    cache = RangeCache(tmp_path, 10**6)
+    part = cache.reserve("s", 0, 100, 0)
+    other = RangeCache(tmp_path, 10**6)
+    assert other.read("s", 10, 10) is None and other.put("s", 0, 100, zeros, 0) is None
+    assert other.put("s", 10, 20, zeros, 0) == bytes(10)
+    cache.fill(part, zeros)
+    assert other.read("s", 30, 10) == bytes(10)
+    handle = locks.lock(tmp_path / "ranges/total")
+    assert other.put("s", 500, 600, zeros, 0) == bytes(100) and other.read("s", 500, 10) is None
+    locks.release(handle)
+    assert sorted(path.name for path in tmp_path.glob("ranges/s/0/*")) == ["0-100", "10-20"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from dsvlm.data.adopt import index_set
 from dsvlm.data.cached import GAP, LONGEST, coalesce
 from dsvlm.data.manifest import check_files, join, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
-from dsvlm.data.remote import RemoteError, RemoteFile, Stores
+from dsvlm.data.remote import RemoteError, RemoteFile, Stores, cache_directory
 from dsvlm.data.shard import ShardWriter
 from dsvlm.data.verify import verify
 
@@ -77,6 +78,38 @@ def test_fetch_asks_once_for_neighbours_and_reading_asks_no_more(reader, local, 
     assert equal(other, local, range(64)) and len(store.requests) == 3
     assert equal(reader, local, [150]) and len(store.requests) == 5      # without a hint: record and image
     assert equal(reader, local, [150]) and len(store.requests) == 5
+
+
+def test_who_waits_for_another_process_shows_that_a_store_is_waited_for(reader, local, store, monkeypatch):
+    """Else workers that wait for another rank's request would be taken for hung."""
+    cache, shard = reader._shared.cache, reader.manifest.sha256[0][:32]
+    part = cache.reserve(shard, 0, local.bytes[0], 0)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(reader.image(0)))
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not reader.is_asking and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert reader.is_asking and not found and not store.requests
+    data = (local.path / local.names[0]).read_bytes()
+    cache.fill(part, lambda offset, size: data[offset:offset + size])
+    thread.join()
+    assert found == [ShardReader(local).image(0)] and not store.requests and not reader.is_asking
+
+
+def test_the_default_cache_belongs_to_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    directory = tmp_path / f"dsvlm-cache-{os.getuid()}"
+    assert cache_directory("") == directory and directory.stat().st_mode & 0o777 == 0o700
+    directory.chmod(0o777)
+    with pytest.raises(ValueError, match="others may write to it: set data.remote_cache"):
+        cache_directory("")
+    directory.rmdir()
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    directory.symlink_to(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="is a link"):
+        cache_directory("")
+    assert cache_directory(str(directory)) == directory           # named by the user: as it is
 
 
 def test_without_a_cache_every_read_is_a_request(reader, local, store):
