@@ -74,7 +74,7 @@ def add_plan(commands) -> None:
     )
     add_recipe(parser)
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks (default 1)")
-    parser.add_argument("--steps", metavar="A:B", help="steps A to B - 1 (default: the first 10)")
+    parser.add_argument("--steps", default="0:10", metavar="A:B", help="steps A to B - 1 (default 0:10)")
     parser.add_argument("--json", action="store_true", help='print one JSON object: {"steps": [...], "run": {...}}')
     parser.set_defaults(run=plan)
 
@@ -83,18 +83,15 @@ def plan(args: argparse.Namespace) -> int:
     import json
 
     from dsvlm.config import load_recipe
+    from dsvlm.preflight.commands import parse_steps
     from dsvlm.preflight.summary import plan_summary, render
     from dsvlm.schedule import preview
 
     recipe = load_recipe(args.recipe, args.set)
-    first, _, last = (args.steps or f"0:{min(10, recipe.schedule.steps)}").partition(":")
-    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise ValueError(f"--steps {args.steps}: expected A:B with A < B, for example 0:10")
-    if int(last) > recipe.schedule.steps:
-        raise ValueError(f"--steps {args.steps}: the recipe has {recipe.schedule.steps} steps (schedule.steps)")
+    steps = parse_steps(args.steps, recipe.schedule.steps)
     if args.world_size < 1:
         raise ValueError(f"--world-size {args.world_size}: use at least 1")
-    rows, run = plan_summary(recipe, args.world_size, range(int(first), int(last)))
+    rows, run = plan_summary(recipe, args.world_size, steps)
     print(json.dumps({"steps": rows, "run": run}) if args.json else f"{preview.render(rows)}\n\n{render(run)}")
     return 0
 

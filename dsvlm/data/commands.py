@@ -47,7 +47,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         sub = sources.add_parser(name, help=text, description=text, formatter_class=_EXAMPLE,
                                  epilog=f"example:\n  %(prog)s {example}")
         source.add_arguments(sub)
-        _add_json(sub)
+        add_json(sub)
         sub.set_defaults(run=_convert, source=source)
     parser.epilog = f"example:\n  %(prog)s scenes {SOURCES['scenes'][2]}"
 
@@ -66,7 +66,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ("examples:\n  %(prog)s laion/*.tar --type caption --out laion/set\n"
                      "  %(prog)s vqa-*.parquet --type vqa --image image --field question=query --out vqa-set\n"
                      "  %(prog)s https://host/a-0.tar https://host/a-1.tar --type caption --out a-set")
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_index)
 
 
@@ -74,23 +74,24 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="directory of a shard set, or its URL")
     parser.add_argument("--decode", action="store_true", help="decode every image too")
     parser.epilog = "example:\n  %(prog)s data/scenes/train/caption --decode"
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_verify)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="directory of a shard set, or its URL")
     parser.epilog = "example:\n  %(prog)s data/scenes/train/caption"
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_info)
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that report."""
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
 
 
 def _convert(args: argparse.Namespace) -> int:
-    report = args.source.run(args, _progress(args))
+    report = args.source.run(args, progress_of(args))
     if not _print_json(args, report):
         for path, shards in _shard_sets(report):
             print(f"{args.out / path}: {shards['samples']} samples, {shards['shards']} shards, {shards['bytes']} bytes")
@@ -105,7 +106,7 @@ def _index(args: argparse.Namespace) -> int:
     from dsvlm.data.manifest import is_parquet, is_url
     from dsvlm.data.scans import each
 
-    bar = _progress(args)
+    bar = progress_of(args)
     if args.out is not None:
         return _index_set(args, bar)
     for option in ("type", "field", "image"):
@@ -138,7 +139,7 @@ def _index_set(args: argparse.Namespace, bar) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from dsvlm.data.verify import verify
 
-    report = verify(args.directory, args.decode, _progress(args))
+    report = verify(args.directory, args.decode, progress_of(args))
     if not _print_json(args, report):
         for problem in report["problems"]:
             print(problem)
@@ -165,10 +166,10 @@ def _print_json(args: argparse.Namespace, report) -> bool:
     return args.json
 
 
-def _progress(args: argparse.Namespace):
-    """A progress bar on stderr, where that is a terminal and the report is for people; None otherwise."""
+def progress_of(args: argparse.Namespace):
+    """A progress bar on stderr, where that is a terminal and the report is for people; elsewhere the items alone."""
     if args.json or not sys.stderr.isatty():
-        return None
+        return lambda items, **_: items
     from tqdm import tqdm
 
     return tqdm

@@ -2,8 +2,10 @@
 
 import argparse
 import json
-import sys
+import os
 from pathlib import Path
+
+from dsvlm.data.commands import add_json, progress_of
 
 TOLD = 20  # masked samples that are printed
 _EXAMPLE = argparse.RawDescriptionHelpFormatter
@@ -23,7 +25,7 @@ def _add_preview(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("preview.html"), help="page to write (default preview.html)")
     parser.add_argument("--tokenizer", metavar="DIR", help="another vocabulary than the recipe's")
     parser.epilog = "example:\n  %(prog)s quickstart --steps 0:4 --out preview.html\n\nexit code 1: samples are masked"
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_preview)
 
 
@@ -33,14 +35,16 @@ def _preview(args: argparse.Namespace) -> int:
 
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples}: expected at least 1")
+    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):
+        raise ValueError(f"--out {args.out}: no file can be written there; choose one in an existing directory")
     if _is_shard_set(args.subject):
         if args.set or args.steps or args.tokenizer:
             raise ValueError("--set, --steps and --tokenizer: a shard set has none of these; give a recipe")
-        report = preview_shards(args.subject, args.samples, args.out, _progress(args))
+        report = preview_shards(args.subject, args.samples, args.out, progress_of(args))
     else:
         planned = _planned(args.subject, args.set)
-        steps = _steps(args.steps or "0:2", planned.recipe.schedule.steps)
-        report = preview(planned, steps, args.samples, args.out, args.tokenizer, _progress(args))
+        steps = parse_steps(args.steps or "0:2", planned.recipe.schedule.steps)
+        report = preview(planned, steps, args.samples, args.out, args.tokenizer, progress_of(args))
     if args.json:
         print(json.dumps(report))
     else:
@@ -56,7 +60,7 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one alone)")
     parser.epilog = "example:\n  %(prog)s quickstart --workers 8"
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_lengths)
 
 
@@ -77,7 +81,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each row (default 3)")
     parser.add_argument("--image-size", type=int, metavar="P", help="pixels of a side (default: the recipe's, or 224)")
     parser.epilog = "example:\n  %(prog)s quickstart --workers 0,2,4\n\nexit code 1: damaged samples were met"
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_bench)
 
 
@@ -91,11 +95,11 @@ def _bench(args: argparse.Namespace) -> int:
     if _is_shard_set(args.subject):
         if args.workers or args.set:
             raise ValueError("--workers and --set: a shard set has no loader of its own; give a recipe")
-        report = bench_directory(args.subject, args.image_size or 224, args.seconds, _progress(args))
+        report = bench_directory(args.subject, args.image_size or 224, args.seconds, progress_of(args))
     else:
         workers = _numbers("--workers", args.workers or "0,1,2")
         planned = _planned(args.subject, args.set)
-        report = bench_recipe(planned, args.image_size, workers, args.seconds, _progress(args))
+        report = bench_recipe(planned, args.image_size, workers, args.seconds, progress_of(args))
     print(json.dumps(report) if args.json else render(report))
     return 1 if report["damaged"] else 0
 
@@ -111,7 +115,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-mb", type=int, help="of the node (default: the recipe's data.remote_cache_mb)")
     parser.add_argument("--step-seconds", type=float, help="time of one update, for the store to keep up with")
     parser.epilog = "example:\n  %(prog)s quickstart --world-size 64 --step-seconds 1.5\n\nexit code 1: findings"
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=_simulate)
 
 
@@ -121,8 +125,8 @@ def _simulate(args: argparse.Namespace) -> int:
     cluster, planned = Cluster(args.world_size, args.ranks_per_node, args.node), _planned(args.recipe, args.set)
     cache = planned.recipe.data.remote_cache_mb if args.cache_mb is None else args.cache_mb
     store = Store(args.latency_ms, args.mb_per_s, cache, args.step_seconds)
-    steps = _steps(args.steps, planned.recipe.schedule.steps)
-    report = simulate(planned, cluster, store, steps, _progress(args))
+    steps = parse_steps(args.steps, planned.recipe.schedule.steps)
+    report = simulate(planned, cluster, store, steps, progress_of(args))
     print(json.dumps(report) if args.json else render(report))
     return 1 if report["findings"] else 0
 
@@ -151,11 +155,7 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
-
-
-def _steps(text: str, last: int) -> range:
+def parse_steps(text: str, last: int) -> range:
     """Steps of `A:B`, those past the recipe's last one left out; ValueError when none is left."""
     low, _, high = text.partition(":")
     if not (low.isdigit() and high.isdigit() and int(low) < int(high)):
@@ -170,15 +170,6 @@ def _numbers(option: str, text: str) -> list[int]:
     if not all(part.isdigit() for part in parts):
         raise ValueError(f"{option} {text}: expected numbers with commas between them, for example 0,1,2")
     return [int(part) for part in parts]
-
-
-def _progress(args: argparse.Namespace):
-    """A progress bar on stderr, where that is a terminal and the report is for people; elsewhere the items alone."""
-    if args.json or not sys.stderr.isatty():
-        return lambda items, **_: items
-    from tqdm import tqdm
-
-    return tqdm
 
 
 _COMMANDS = {

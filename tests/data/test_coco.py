@@ -141,6 +141,9 @@ def test_seed_draws_the_order_and_limit_the_photos(coco):
     ("task 'caption' is empty", {"captions": CAPTIONS | {"annotations": []}}),
     ("--captions FILE is needed", {"captions": CAPTIONS, "tasks": ("caption",)}),
     ("--max-boxes 0", {"max_boxes": 0}),
+    ("--limit -3: choose at least 1", {"limit": -3}),
+    ("--shard-mb 0: choose more than 0", {"shard_mb": 0}),
+    ("--shard-mb nan", {"shard_mb": float("nan")}),
     ("a.jpg is 100 x 50 pixels, 50 x 100 expected",
      {"captions": changed(CAPTIONS, "images", 0, width=50, height=100), "tasks": ("caption",)}),
 ])

@@ -170,6 +170,8 @@ def test_shard_sets(tmp_path):
     ({"objects": 13}, "objects = 13: choose 1 to 12"),
     ({"colours": 9}, "colours = 9: choose 1 to 8"),
     ({"objects": 1}, "'relation' needs two objects"),
+    ({"samples": -1}, "--samples -1: choose at least 0"),
+    ({"shard_mb": -4}, "--shard-mb -4: choose more than 0"),
 ])
 def test_options_that_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

@@ -246,6 +246,12 @@ def test_many_masked_samples_are_counted(recipe, tmp_path, capsys):
     assert len(lines) == 22 and "more, which --json lists" in lines[20]
 
 
+@pytest.mark.parametrize("out", ["none/x.html", "."])
+def test_the_page_that_cannot_be_written_is_named(recipe, tmp_path, capsys, out):
+    assert run(["data", "preview", str(recipe), "--out", str(tmp_path / out)]) == 2
+    assert f"--out {tmp_path / out}: no file can be written there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["nothing"], "no recipe 'nothing'"),
     (["RECIPE", "--steps", "3:1"], "--steps 3:1: expected A:B"),

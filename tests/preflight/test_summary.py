@@ -103,6 +103,15 @@ def test_command(root, capsys):
     assert "--world-size 0" in capsys.readouterr().err
 
 
+def test_steps_past_the_end_are_left_out(root, capsys):
+    """As simulate and preview do."""
+    last = load_recipe(recipe_of(root), []).schedule.steps
+    assert run(["plan", str(recipe_of(root)), "--steps", f"{last - 1}:{last + 5}", "--json"]) == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)["steps"]] == [last - 1]
+    assert run(["plan", str(recipe_of(root)), "--steps", f"{last}:{last + 1}"]) == 2
+    assert f"the recipe has {last} steps" in capsys.readouterr().err
+
+
 def test_padding_where_lengths_are_known(root, capsys):
     path = recipe_of(root)
     assert run(["data", "lengths", str(path)]) == 0

@@ -1,6 +1,7 @@
 """One file per source format; each turns a dataset into shard sets with a function, `add_arguments` and `run`."""
 
 import difflib
+import math
 
 
 def choose_tasks(text: str, known) -> tuple[str, ...]:
@@ -14,3 +15,10 @@ def choose_tasks(text: str, known) -> tuple[str, ...]:
     if not chosen:
         raise ValueError(f"--tasks is empty: choose from {', '.join(known)}")
     return chosen
+
+
+def shard_bytes(shard_mb: float) -> int:
+    """Bytes of a shard from `--shard-mb`, in MiB; ValueError unless it is more than 0."""
+    if not 0 < shard_mb < math.inf:
+        raise ValueError(f"--shard-mb {shard_mb}: choose more than 0")
+    return max(1, int(shard_mb * 2**20))

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from dsvlm.data.convert import choose_tasks
+from dsvlm.data.convert import choose_tasks, shard_bytes
 
 TASKS = {"caption": "caption", "categorize": "classify", "locate": "locate", "detect": "detect"}
 SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
@@ -61,6 +61,7 @@ def convert_coco(images, out, *, captions=None, instances=None, tasks=tuple(TASK
     for name, value in (("resize", resize), ("max-boxes", max_boxes), ("limit", limit)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: choose at least 1")
+    size = shard_bytes(shard_mb)
     for task in tasks:
         check_free(out / task)
     skipped = {"crowd": 0, "degenerate": 0, "empty_caption": 0, "over_max_boxes": 0}
@@ -76,7 +77,7 @@ def convert_coco(images, out, *, captions=None, instances=None, tasks=tuple(TASK
                "limit": limit} | ({} if resize is None else {"jpeg_quality": JPEG_QUALITY})
     for task in tasks:
         ordered = sorted(samples[task], key=lambda sample: _rank(seed, sample.key))
-        report["tasks"][task] = _write(out / task, task, ordered, photos, images, options, resize, shard_mb, progress)
+        report["tasks"][task] = _write(out / task, task, ordered, photos, images, options, resize, size, progress)
     return report
 
 
@@ -250,12 +251,12 @@ def _check_photos(directory: Path, photos: list[Photo]) -> None:
         raise ValueError(f"{directory / other}: only {', '.join(SUFFIXES)} are read: convert it")
 
 
-def _write(directory: Path, task: str, samples: list[Sample], photos, images: Path, options: dict, resize, shard_mb,
+def _write(directory: Path, task: str, samples: list[Sample], photos, images: Path, options: dict, resize, size: int,
            progress) -> dict:
     from dsvlm.data.manifest import load_manifest
     from dsvlm.data.shard import ShardWriter
 
-    with ShardWriter(directory, TASKS[task], options | {"task": task}, int(shard_mb * 2**20)) as writer:
+    with ShardWriter(directory, TASKS[task], options | {"task": task}, size) as writer:
         for sample in samples if progress is None else progress(samples, desc=task):
             ext, data = _image(images, photos[sample.image], resize)
             record = json.dumps(sample.record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from dsvlm.data.convert import choose_tasks
+from dsvlm.data.convert import choose_tasks, shard_bytes
 
 CANVAS = 64                                           # scenes are laid out in units; --size only sets the pixels
 # The first three differ within a patch of 10 pixels; circle, square and triangle take a small model longer to tell.
@@ -79,6 +79,10 @@ def make_scenes(out, *, size: int = 40, objects: int = 2, colours: int = 4, shap
     from dsvlm.data.shard import ShardWriter, check_free
 
     _check(size, objects, colours, shapes, tasks)
+    for name, value in (("samples", samples), ("val-samples", val_samples)):
+        if value < 0:
+            raise ValueError(f"--{name} {value}: choose at least 0")
+    shard_size = shard_bytes(shard_mb)
     palette = (tuple(COLOURS)[:colours], SHAPES[:shapes])
     work = [(split, task, number) for split, number in (("train", samples), ("val", val_samples)) if number
             for task in tasks]
@@ -90,7 +94,7 @@ def make_scenes(out, *, size: int = 40, objects: int = 2, colours: int = 4, shap
                    "objects": objects, "colours": colours, "shapes": shapes, "seed": seed}
         directory = Path(out, split, task)
         numbers = range(number)
-        with ShardWriter(directory, TASKS[task], options, int(shard_mb * 2**20)) as writer:
+        with ShardWriter(directory, TASKS[task], options, shard_size) as writer:
             for i in numbers if progress is None else progress(numbers, desc=f"{split}/{task}"):
                 scene, record = draw_sample(seed, split, task, i, objects, palette)
                 writer.write(f"{split}-{task}-{i:06d}", {"png": draw_png(scene, size), "json": _dump(record)})
