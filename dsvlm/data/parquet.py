@@ -8,6 +8,7 @@ import io
 import json
 import threading
 from collections import OrderedDict
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from dsvlm.data.fields import checked, follow
 from dsvlm.data.index import Row, index_row, index_table
 
 CACHED = 256 * 2**20              # bytes of row groups that a reader keeps, all its files together
-LARGEST = 2**30                   # bytes of a row group's image column: a random sample needs all of it
+LARGEST = 2**30                   # bytes of a row group's images or records: a random sample needs all of them
 
 
 class RowGroups:
@@ -68,11 +69,12 @@ class ParquetFile:
         for name in (*self.columns["image"], *self.columns["json"]):
             if name not in names:
                 raise ValueError(f"{path} has no column {name!r}: it has {', '.join(names)}")
-        for number in range(self.metadata.num_row_groups):
-            size = sum(chunk.total_uncompressed_size for chunk in self._chunks(number, "image"))
+        for number, kind in product(range(self.metadata.num_row_groups), self.columns):
+            size = sum(chunk.total_uncompressed_size for chunk in self._chunks(number, kind))
             if size > LARGEST:
-                raise ValueError(f"{path}: row group {number} holds {size} bytes of images, more than {LARGEST}: write "
-                                 f"it with smaller row groups (pyarrow.parquet.write_table(..., row_group_size=100))")
+                raise ValueError(f"{path}: row group {number} holds {size} bytes in {', '.join(self.columns[kind])}, "
+                                 f"more than {LARGEST}: write it with smaller row groups "
+                                 f"(pyarrow.parquet.write_table(..., row_group_size=100))")
 
     @property
     def rows(self) -> int:

@@ -59,7 +59,8 @@ class Part(NamedTuple):
 class RangeCache:
     """Ranges by shard; safe between threads and processes; a file in it may vanish or be damaged at any time.
 
-    limit: bytes of all files that every process can read; those being written come on top of it.
+    limit: bytes of all files that every process can read; those being written come on top of it. Trainings that are at
+    different steps should not share a directory: each takes the other's files for those needed last.
     """
 
     def __init__(self, directory: Path, limit: int):

@@ -48,6 +48,8 @@ def test_the_same_source_gives_the_same_shards(source, tmp_path):
     ("absent", {}, "after 0 samples of .*absent.tar: FileNotFoundError"),
     (None, {"task_type": "vqa"}, "--field question=...: needed"),
     (None, {"fields": ["caption=png"]}, "none of the first samples fits .*: png is not UTF-8"),
+    (None, {"limit": 0}, "--limit 0: at least 1 sample"),
+    (None, {"shard_mb": 0}, "--shard-mb 0: more than 0"),
     (None, {"image": "jpg"}, "--image jpg: the first sample has no such member; it has png, txt"),
 ])
 def test_mistakes_are_named_and_leave_no_set(source, tmp_path, change, options, message):

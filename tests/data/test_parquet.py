@@ -149,8 +149,11 @@ def test_mistakes_are_named(tmp_path, change, options, message):
 def test_huge_row_groups_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("dsvlm.data.parquet.LARGEST", 1000)
     path = write(tmp_path / "x.parquet", rows(0, 40), group=40)
-    with pytest.raises(ValueError, match="row group 0 holds .* write it with smaller row groups"):
+    with pytest.raises(ValueError, match="row group 0 holds .* in image, .* write it with smaller row groups"):
         index_set([path], "vqa", tmp_path / "set", FIELDS)
+    texts = [{"image": {"bytes": b"", "path": ""}, "caption": f"{i}" * 40} for i in range(40)]
+    with pytest.raises(ValueError, match="row group 0 holds .* in caption, .* write it with smaller row groups"):
+        index_set([write(tmp_path / "y.parquet", texts, group=40)], "caption", tmp_path / "set")
 
 
 def test_the_index_is_the_same_each_time(tmp_path, manifest):

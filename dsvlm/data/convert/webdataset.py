@@ -30,6 +30,10 @@ def convert_webdataset(urls: list[str], task_type: str, out, fields: list[str] =
     from dsvlm.data.shard import ShardWriter, check_free
 
     out = Path(out)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: at least 1 sample")
+    if shard_mb <= 0:
+        raise ValueError(f"--shard-mb {shard_mb:g}: more than 0")
     check_free(out)
     samples = _samples(urls, limit)
     first = next(samples, None)
