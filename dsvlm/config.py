@@ -141,6 +141,11 @@ class ScheduleConfig:
     phases: tuple[PhaseConfig, ...] = ()
     controller: ControllerConfig | None = None
 
+    @property
+    def mixes(self) -> bool:
+        """Whether a round may hold several tasks."""
+        return self.rounds == "packed" or self.strategy in ("mixed", "per_rank")
+
 
 @dataclass(frozen=True)
 class GroupConfig:

@@ -139,7 +139,7 @@ def check_room(recipe: Recipe) -> None:
     vision, decoder = recipe.model.vision.config, recipe.model.decoder
     if decoder.kind != "opt" or decoder.pretrained or recipe.model.vision.pretrained:
         return  # other positions have no table; a checkpoint's table is checked when it is read
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    tokens = tokens_of_image(vision["image_size"], vision["patch_size"])
     room = decoder.config.get("max_position_embeddings", 2048)
     if tokens + recipe.text.max_length > room:
         raise ValueError(
@@ -160,8 +160,7 @@ def check_padding(recipe: Recipe) -> None:
         )
     if packed and recipe.model.decoder.kind == "t5":
         raise ValueError(f"tasks.{packed[0]}.pack: an encoder-decoder (t5) has no packed rows; remove pack")
-    mixes = recipe.schedule.rounds == "packed" or recipe.schedule.strategy in ("mixed", "per_rank")
-    if packed and mixes and len(packed) < len(recipe.tasks):
+    if packed and recipe.schedule.mixes and len(packed) < len(recipe.tasks):
         other = next(name for name in recipe.tasks if name not in packed)
         raise ValueError(
             f"tasks.{other}.pack: false, but tasks.{packed[0]}.pack is true, and tasks share units under strategy "
@@ -170,13 +169,18 @@ def check_padding(recipe: Recipe) -> None:
     if not train.micro_tokens:
         return
     within("text.max_length", recipe.text.max_length, 4, 2**16 - 1)  # what files of lengths hold
-    tokens = 0 if vision.pretrained else (vision.config["image_size"] // vision.config["patch_size"]) ** 2 + 1
+    tokens = 0 if vision.pretrained else tokens_of_image(vision.config["image_size"], vision.config["patch_size"])
     if tokens + recipe.text.max_length > train.micro_tokens:  # a checkpoint's images are counted when it is read
         raise ValueError(
             f"train.micro_tokens: {train.micro_tokens} cannot hold a row of {tokens} image tokens and "
             f"{recipe.text.max_length} text tokens (text.max_length); raise the former to at least "
             f"{tokens + recipe.text.max_length}, or lower the latter"
         )
+
+
+def tokens_of_image(image_size: int, patch_size: int) -> int:
+    """Positions that an image takes in a row: one for each patch, and the class token."""
+    return (image_size // patch_size) ** 2 + 1
 
 
 def positive_integer(path: str, value) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dsvlm import config_checks
+from dsvlm import config_checks, config_schedule
 from dsvlm.config import apply_override, parse_recipe
+from dsvlm.schedule import shares
 from dsvlm.schedule.plan import ROUND_KINDS, STRATEGIES, Schedule, Stream
 from dsvlm.tasks import TASK_TYPES
 
@@ -165,8 +166,10 @@ def test_names_of_strategies_agree(raw):
         drawn = {"unified": {"samples": 4}, "per_rank": {"samples": 4, "chunk": 2}}.get(strategy, {})
         for rounds in ROUND_KINDS:
             raw["schedule"] = {"steps": 3, "strategy": strategy, "rounds": rounds, **drawn}
-            assert parse_recipe(raw).schedule.strategy == strategy
-            assert Schedule(0, strategy, streams, rounds, **drawn).rounds == rounds
+            config, schedule = parse_recipe(raw).schedule, Schedule(0, strategy, streams, rounds, **drawn)
+            assert config.strategy == strategy and schedule.rounds == rounds
+            assert config.mixes == schedule.mixes
+    assert config_schedule.LONGEST_CYCLE == shares.LONGEST_CYCLE
 
 
 def test_names_of_decoder_kinds_agree(raw):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from dsvlm.config_checks import tokens_of_image
 from dsvlm.model.backbone.attention import NAME
 
 
@@ -25,8 +26,8 @@ class VisionEncoder(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Tokens of one image: (image_size / patch_size)^2 + 1."""
-        return (self.tower.config.image_size // self.tower.config.patch_size) ** 2 + 1
+        """Tokens of one image."""
+        return tokens_of_image(self.tower.config.image_size, self.tower.config.patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 [N, 3, P, P]; returns features [N, tokens, hidden_size] in the tower's dtype."""

@@ -150,10 +150,9 @@ def deal_by_length(
         raise ValueError(f"world_size is {world_size}: use at least 1")
     lengths = np.asarray(lengths, np.int64)
     assert lengths.shape == (len(window),), (lengths.shape, len(window))
-    mixes = schedule.rounds == "packed" or schedule.strategy in ("mixed", "per_rank")
     task = window.task if window.order_key is not None else np.repeat(window.table[:, 0], window.counts)
     check_lengths(lengths, task, schedule, micro_tokens)
-    counts = np.array([len(window)]) if mixes else window.counts
+    counts = np.array([len(window)]) if schedule.mixes else window.counts
     parts, rounds = [], []
     for start, count in zip((np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True):
         if not count:
@@ -166,7 +165,7 @@ def deal_by_length(
         else:
             widths = np.minimum(_bucketed(lengths[here], task[here], edges), micro_tokens)
             part = _bucket_units(lengths[here], widths, world_size, micro_tokens)
-        rounds += [None if mixes else int(task[start])] * (len(part.widths) // world_size)
+        rounds += [None if schedule.mixes else int(task[start])] * (len(part.widths) // world_size)
         parts.append((start, part))
     table = _joined(parts)
     return tuple(LengthRound(table, index * world_size, world_size, one) for index, one in enumerate(rounds))

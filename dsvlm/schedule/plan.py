@@ -68,6 +68,11 @@ class Schedule:
         """Whether tasks are drawn through cycles of quotas."""
         return self.strategy in ("unified", "per_rank")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether a round may hold several tasks."""
+        return self.rounds == "packed" or self.strategy in ("mixed", "per_rank")
+
     def __post_init__(self):
         _one_of("schedule.strategy", self.strategy, STRATEGIES)
         _one_of("schedule.rounds", self.rounds, ROUND_KINDS)

@@ -137,7 +137,7 @@ def deal(window: Window, schedule: Schedule, world_size: int, micro_batch: int) 
     else:
         counts = window.counts
     starts = np.cumsum(counts) - counts
-    if schedule.rounds == "packed" or schedule.strategy in ("mixed", "per_rank"):
+    if schedule.mixes:
         cut = Cut(starts, counts, _packed_pieces(counts, world_size, micro_batch))
         return tuple(Round(cut, first, world_size, None) for first in range(0, int(cut.edges[-1]), world_size))
     rounds = -(-counts // (micro_batch * world_size))

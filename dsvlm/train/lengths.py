@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dsvlm.config import Recipe
+from dsvlm.config_checks import tokens_of_image
 from dsvlm.data.lengths import CHUNK, Lengths, count_lengths, lengths_name, write_lengths
 from dsvlm.data.tokenizer import TextCodec
 from dsvlm.schedule.lengths import LengthRound, check_lengths, deal_by_length, optimal_edges
@@ -37,7 +38,7 @@ def vision_settings(recipe: Recipe):
 def image_tokens(recipe: Recipe) -> int:
     """Positions that an image takes in a row."""
     settings = vision_settings(recipe)
-    return (settings.image_size // settings.patch_size) ** 2 + 1
+    return tokens_of_image(settings.image_size, settings.patch_size)
 
 
 def side_files(planned: Planned, codec: TextCodec) -> dict[str, str]:
@@ -183,7 +184,7 @@ def make_dealer(
     histograms = [table.histogram(tokens) for table in tables]
     for index, histogram in enumerate(histograms):
         check_lengths(np.array([len(histogram) - 1]), np.array([index]), schedule, recipe.train.micro_tokens)
-    if schedule.rounds == "packed" or schedule.strategy in ("mixed", "per_rank"):
+    if schedule.mixes:
         histograms = [joint_histogram(schedule, histograms)] * len(tables)
     edges = tuple(bucket_edges(histogram, recipe.train.buckets) for histogram in histograms)
     pack = tuple(task.pack for task in recipe.tasks.values())
