@@ -83,7 +83,7 @@ def plan_rows(size: Size) -> list[Row]:
 
     ends = [f", W = {world:,}" for world in (plan.WORLDS[0], plan.WORLDS[-1])]
     found = [row for row in plan.plan_rows(size.repeats, size.seconds) if row.what.endswith(tuple(ends))]
-    found += plan.digest_rows(size.repeats)
+    found += plan.length_rows(size.repeats) + plan.digest_rows(size.repeats)
     return [dataclasses.replace(row, part="d", what=f"{row.part}: {row.what}") for row in found]
 
 

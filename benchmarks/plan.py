@@ -1,6 +1,8 @@
 """The plan and the digest check at large world sizes: `python -m benchmarks.plan [--json]`.
 
 One rank's share is computed, as the rank itself does it: window, deal, its units' places, their samples, the digest.
+Where windows are cut by length (train.micro_tokens) every rank looks at the lengths of the whole window: that part is
+O(window), so it grows with W where the window does, and has rows of its own.
 Processor time, so that other processes on the machine do not count.
 """
 
@@ -15,16 +17,20 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.measure import Row, machine, markdown, progress, spread
+from benchmarks.padding import BUCKETS, MICRO_TOKENS, draw_lengths
 from dsvlm.config import load_recipe
 from dsvlm.schedule.agreement import difference, merge, summarise
 from dsvlm.schedule.digest import digest, identity_bytes
+from dsvlm.schedule.lengths import deal_by_length
 from dsvlm.schedule.permutation import EpochOrder
 from dsvlm.schedule.plan import STRATEGIES, Plan, Schedule, Stream
 from dsvlm.schedule.strategy import deal
+from dsvlm.train.lengths import bucket_edges, window_positions
 
 TASKS, SHARDS, SHARD = 8, 1_000, 10_000  # 8 tasks of 1,000 shards of 10,000 samples
 MICRO_BATCH = 16
 WORLDS = (64, 256, 1_024, 4_096, 16_384)
+CUT_WORLDS = (64, 1_024, 16_384)  # of the rows that are O(window)
 NODE = 8  # ranks of a node
 HOP = 0.005  # seconds: what one message between nodes is taken to cost in the modelled figure
 
@@ -74,6 +80,48 @@ def plan_rows(repeats: int, seconds: float) -> list[Row]:
                 what = f"{strategy}, {each} micro-steps in a window, W = {world:,}"
                 rows.append(spread("plan of a rank, per micro-step", what, values, "us", **goal))
             progress(rows[-1].what)
+    return rows
+
+
+class DrawnLengths:
+    """Lengths of a task's samples, drawn; as `dsvlm.data.lengths.Lengths`."""
+
+    def __init__(self, table: np.ndarray):
+        self.table = table
+
+    def positions(self, samples: np.ndarray, image_tokens: int) -> np.ndarray:
+        return self.table[samples % len(self.table)]
+
+
+def cut_by_length_ms(pack: bool, world_size: int, samples: int) -> tuple[float, int, int]:
+    """Milliseconds of a micro-step whose window is cut by length, micro-steps of the window, and its samples."""
+    schedule = schedule_of("accumulate", world_size, samples)
+    plan, identity = Plan(schedule), identity_bytes(schedule, "recipe", ["manifest"] * TASKS)
+    ((_, table),) = next(iter(draw_lengths().values()))
+    lengths, edges = (DrawnLengths(table),) * TASKS, (bucket_edges(np.bincount(table), BUCKETS),) * TASKS
+    plan.locate_all(*plan.window(1_000).take(np.arange(TASKS * samples * world_size)))  # the epochs' orders are known
+    start = time.process_time()
+    window = plan.window(1_000)
+    rounds = deal_by_length(
+        window, schedule, world_size, micro_tokens=MICRO_TOKENS, lengths=window_positions(plan, window, lengths, 0),
+        edges=edges, pack=(pack,) * TASKS,
+    )  # fmt: skip
+    places = np.concatenate([one.unit(world_size // 3).places for one in rounds])
+    plan.locate_all(*window.take(places))
+    digest(identity, window)
+    return (time.process_time() - start) / len(rounds) * 1e3, len(rounds), len(window)
+
+
+def length_rows(repeats: int, samples: int = MICRO_BATCH) -> list[Row]:
+    """What ranks do, every one of them, for windows that are cut by length; samples: per rank and task in a window."""
+    rows = []
+    for name, pack in (("buckets", False), ("packed", True)):
+        for world in CUT_WORLDS:
+            runs = [cut_by_length_ms(pack, world, samples) for _ in range(repeats)]
+            what = f"{name}, {runs[0][1]} micro-steps in a window of {runs[0][2]:,} samples, W = {world:,}"
+            values = [run[0] for run in runs]
+            rows.append(spread("plan with micro_tokens, per micro-step", what, values, "ms", note="O(window): no goal"))
+        progress(rows[-1].what)
     return rows
 
 
@@ -170,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="processor time of each figure of the plan")
     args = parser.parse_args(argv)
     plan = plan_rows(args.repeats, args.seconds)
-    rows = [*epoch_rows(args.repeats), *resume_rows(args.repeats), *digest_rows(args.repeats)]
+    rows = length_rows(args.repeats) + epoch_rows(args.repeats)
+    rows += resume_rows(args.repeats) + digest_rows(args.repeats)
     if args.json:
         print(json.dumps({"machine": machine(), "rows": [row.to_dict() for row in [*plan, *rows]]}))
     else:

@@ -14,6 +14,17 @@ def test_share_of_rank(strategy):
     assert us > 0 and micro_steps == 8
 
 
+def test_cut_by_length(monkeypatch):
+    """The whole window is cut: four times the ranks have four times the samples, in as many micro-steps."""
+    monkeypatch.setattr(benchmark, "CUT_WORLDS", (2, 8))
+    rows = benchmark.length_rows(1, samples=16)
+    assert [row.what.split(",")[0] for row in rows] == ["buckets", "buckets", "packed", "packed"]
+    assert ["window of 256 samples, W = 2" in row.what for row in rows] == [True, False, True, False]
+    assert all(row.value > 0 and row.goal in (None, "") and "O(window)" in row.note for row in rows)
+    _, micro_steps, samples = benchmark.cut_by_length_ms(True, 8, 16)
+    assert micro_steps >= benchmark.TASKS and samples == 8 * 8 * 16
+
+
 def test_resume():
     rows = benchmark.resume_rows(1, shards=20, shard=100)
     assert [row.what.split()[3] for row in rows] == ["0%", "99%"] and all(row.value > 0 for row in rows)
