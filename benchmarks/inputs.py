@@ -7,9 +7,11 @@ Images are 1/f noise, whose spectrum and JPEG size are near those of photographs
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +46,10 @@ def make_inputs(work: Path, samples: int, processes: int = 2) -> Inputs:
     root = work / f"inputs-v{VERSION}-{samples}"
     if not root.is_dir():
         part = root.with_name(f"{root.name}.part-{os.getpid()}")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed and had the same number
         part.mkdir(parents=True)
-        with ProcessPoolExecutor(processes) as pool:
+        # Spawned: the caller may hold threads, and whatever they had locked would stay locked in a fork.
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             list(pool.map(write_set, *zip(*((part, *item) for item in counts(samples).items()), strict=True)))
         part.rename(root)
     return Inputs(root)

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 
 import pytest
 
 from benchmarks import contest, coverage, data, measure
 from benchmarks.endtoend import make_tokenizer
-from benchmarks.inputs import PIXELS, counts, make_inputs, write_set
+from benchmarks.inputs import PIXELS, VERSION, counts, make_inputs, write_set
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import ShardReader
 from dsvlm.data.transforms import decode_image
@@ -19,7 +20,11 @@ SIZE = data.Size(
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    found = make_inputs(tmp_path_factory.mktemp("inputs"), SIZE.samples).root
+    work = tmp_path_factory.mktemp("inputs")
+    left = work / f"inputs-v{VERSION}-{SIZE.samples}.part-{os.getpid()}/caption/.partial"
+    left.mkdir(parents=True)  # by a run that was killed
+    (left.parent / "manifest.json").write_text("{}")
+    found = make_inputs(work, SIZE.samples).root
     make_tokenizer(found)
     return found
 
