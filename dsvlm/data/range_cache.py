@@ -20,7 +20,7 @@ from typing import NamedTuple
 from dsvlm.data.locks import lock, release, remove_if_left, wait_for
 from dsvlm.data.stream import LocalFile
 
-OPEN_RANGES = 64                  # per process
+OPEN_RANGES = 8                   # per reader: the disk keeps the bytes of a file that is removed while it is open
 IN_USE = 2                        # steps: windows that are read while a later one is fetched
 REGION = 2**23                    # bytes; no range but a long one reaches beyond the region after its own
 LONG = "long"                     # region of the long ones

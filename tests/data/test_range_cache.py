@@ -222,3 +222,13 @@ def test_who_holds_a_lock_for_too_long_is_not_waited_for(tmp_path, monkeypatch):
     assert other.put("s", 500, 600, zeros, 0) == bytes(100) and other.read("s", 500, 10) is None
     locks.release(handle)
     assert sorted(path.name for path in tmp_path.glob("ranges/s/0/*")) == ["0-100", "10-20"]
+
+
+def test_few_removed_files_stay_open(tmp_path):
+    """The disk keeps what is open: it would come on top of the limit."""
+    cache = RangeCache(tmp_path, 1000)
+    for number in range(40):
+        cache.put("s", number * 100, number * 100 + 100, zeros, number)
+        assert cache.read("s", number * 100, 100) == bytes(100)
+    opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert len([path for path in opened if path.startswith(str(tmp_path))]) <= 8
