@@ -142,9 +142,9 @@ def useful_share(planned: Planned, reads: NodeReads, lengths: Sequence[Lengths] 
 
 
 def through_cache(reads: NodeReads, store: Store) -> tuple[dict, np.ndarray]:
-    """(what the cache of the node keeps out of the store, samples that miss it: [n] bool), eviction by next use.
+    """(what the cache of the node keeps out of the store, samples that miss it: [n] bool).
 
-    The cache holds samples, as if all were of one size: ranges that hold several are counted by their samples.
+    It evicts by next use, as the run does; by last use is for comparison. The cache holds samples, as if all were of one size: ranges that hold several are counted by their samples.
     """
     size = float(reads.bytes.mean())
     capacity = int(store.cache_mb * 2**20 / size)
@@ -265,7 +265,8 @@ def render(report: dict) -> str:
         ]),
         "",
         f"cache        {cache['mb']:,} MB hold {cache['samples']:,} samples, of {cache['different']:,} different ones "
-        f"read: {cache['hit_share_next_use']:.1%} hits by next use, {cache['hit_share_last_use']:.1%} by last use",
+        f"read: {cache['hit_share_next_use']:.1%} hits by next use, as the run evicts, "
+        f"{cache['hit_share_last_use']:.1%} by last use",
         f"store        {store['latency_ms']:g} ms, {store['mb_per_s']:g} MB/s a stream: the busiest step takes "
         f"{store['least_step_seconds']:.3f} s with {store['streams']} requests at a time, "
         f"of {store['samples_per_request']:.1f} samples each",
