@@ -144,7 +144,8 @@ def useful_share(planned: Planned, reads: NodeReads, lengths: Sequence[Lengths] 
 def through_cache(reads: NodeReads, store: Store) -> tuple[dict, np.ndarray]:
     """(what the cache of the node keeps out of the store, samples that miss it: [n] bool).
 
-    It evicts by next use, as the run does; by last use is for comparison. The cache holds samples, as if all were of one size: ranges that hold several are counted by their samples.
+    It evicts by next use, as the run does; by last use is for comparison. The cache holds samples, as if all were of
+    one size: ranges that hold several are counted by their samples.
     """
     size = float(reads.bytes.mean())
     capacity = int(store.cache_mb * 2**20 / size)
