@@ -5,6 +5,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,7 +58,7 @@ class Manifest:
         """How shards of another tool become records (`fields`, `image`); None for our own."""
         return self.preprocessing.get(INDEXED)
 
-    @property
+    @cached_property
     def is_parquet(self) -> bool:
         """Whether the shards are parquet files; those of one set are of one kind."""
         return any(map(is_parquet, self.names))
@@ -189,11 +190,11 @@ def _check_names(manifest: Manifest) -> None:
     if not isinstance(fields, dict) or not all(isinstance(place, str) for place in fields.values()):
         raise ValueError(f"{manifest.path / MANIFEST}: preprocessing.{INDEXED}.fields is {fields!r}, not record keys "
                          f"with their places: index the shards again")
+    ours = manifest.mapping is None
     for name in manifest.names:
         parts = name.split("/")
         away = is_url(name) or name.startswith("/") or ".." in parts
         runs = "::" in name or name.startswith("pipe:")
-        ours = manifest.mapping is None
         if not name or runs or "\0" in name or (ours and (away or manifest.is_parquet)):
             raise ValueError(f"{manifest.path / SHARDS}: shard name {name!r} leaves the directory: only sets such as "
                              f"`dsvlm data index --out` makes may name files elsewhere, and none may name programs")

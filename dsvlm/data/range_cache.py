@@ -69,6 +69,7 @@ class RangeCache:
         self._known: dict[tuple[str, str], list[tuple[int, int]]] = {}
         self._lock = threading.Lock()
         self._open = lru_cache(OPEN_RANGES)(LocalFile)
+        self._last = ("", 0, 0, None)             # the range read last, for the next sample is mostly in it too
 
     def __reduce__(self):
         return RangeCache, (self.given, self.limit)
@@ -131,14 +132,25 @@ class RangeCache:
             self._path(shard, *covering).unlink(missing_ok=True)
             self._unlearn(shard, covering)
         self._open.cache_clear()
+        self._last = ("", 0, 0, None)
 
     def _read_known(self, shard: str, offset: int, size: int) -> bytes | None:
-        while covering := self._covering(shard, offset, offset + size):
+        known, start, stop, file = self._last     # once: threads
+        if known == shard and start <= offset and offset + size <= stop:
             try:
-                data = self._open(self._path(shard, *covering)).read(offset - covering[0], size)
+                data = file.read(offset - start, size)
             except OSError:
                 data = b""
             if len(data) == size:
+                return data
+        while covering := self._covering(shard, offset, offset + size):
+            try:
+                file = self._open(self._path(shard, *covering))
+                data = file.read(offset - covering[0], size)
+            except OSError:
+                data = b""
+            if len(data) == size:
+                self._last = (shard, *covering, file)
                 return data
             self._path(shard, *covering).unlink(missing_ok=True)       # cut short, or gone already
             self._unlearn(shard, covering)
