@@ -1,0 +1,25 @@
+"""The compiled library of `dsvlm.ops`: found, loaded once, and named where it is absent."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+@functools.cache
+def library() -> bool:
+    """Loads the compiled ops (`torch.ops.dsvlm`) at the first call; False, with one warning, where there are none."""
+    path = HERE / "_C.abi3.so"
+    try:
+        if not path.exists():
+            raise OSError("it was not built: that needs g++ and torch at installation (pip's --no-build-isolation)")
+        torch.ops.load_library(path)
+    except OSError as error:
+        warnings.warn(f"dsvlm: no compiled ops, the slower PyTorch reference serves: {error}", stacklevel=2)
+        return False
+    return True
