@@ -124,4 +124,8 @@ def find_nvcc() -> str | None:
 
 
 library = Extension("dsvlm.ops._C", sources=[], py_limited_api=True, optional=True)
-setup(ext_modules=[library], cmdclass={"build_py": BuildPackage, "build_ext": BuildLibrary})
+setup(
+    ext_modules=[library],
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildLibrary},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # the library has no Python in it
+)
