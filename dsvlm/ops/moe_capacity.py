@@ -1,0 +1,36 @@
+"""Tokens that an expert takes: the formulas found in other systems, so that their settings can be kept."""
+
+from __future__ import annotations
+
+CONVENTIONS = ("vmoe", "deepspeed", "megatron", "tutel")
+
+
+def expert_capacity(
+    tokens: int, experts: int, k: int, factor: float, *, convention: str = "vmoe", minimum: int = 0
+) -> int:
+    """Rows per expert for a static budget of tokens; never more than there are tokens.
+
+    vmoe: ceil(tokens * k * factor / experts), up to a multiple of 4; deepspeed: ceil(tokens / experts * factor * k);
+    megatron: ceil(tokens * k / experts * factor); tutel: k * int(factor * ceil(tokens / experts)). minimum: at least so
+    many. Take `tokens` from the plan, not from this rank's batch: then no rank waits for another one's count.
+    """
+    if tokens < 0 or experts < 1 or not 1 <= k <= experts or factor < 0:
+        raise ValueError(
+            f"expert_capacity: tokens={tokens}, experts={experts}, k={k}, factor={factor}; expected tokens >= 0, "
+            "1 <= k <= experts, factor >= 0"
+        )
+    if convention == "vmoe":
+        rows = -(-_ceil(tokens * k * factor / experts) // 4) * 4
+    elif convention == "deepspeed":
+        rows = _ceil(tokens / experts * factor * k)
+    elif convention == "megatron":
+        rows = _ceil(tokens * k / experts * factor)
+    elif convention == "tutel":
+        rows = k * int(factor * -(-tokens // experts))
+    else:
+        raise ValueError(f"expert_capacity: unknown convention {convention!r}; choose one of {', '.join(CONVENTIONS)}")
+    return min(max(rows, minimum), tokens)
+
+
+def _ceil(value: float) -> int:
+    return int(-(-value // 1))
