@@ -1,15 +1,20 @@
-"""Attention under a `GitMask`: the public function and its PyTorch backends."""
+"""Attention under a `GitMask`: the public function, and which backend serves it."""
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dsvlm.ops.git_backends import flex, math, sdpa, two_call
+from dsvlm.ops.git_kernel import kernel, kernel_refuses
 from dsvlm.ops.git_mask import GitMask
 
-BACKENDS = ("auto", "sdpa", "math")
+BACKENDS = ("auto", "kernel", "two_call", "flex", "sdpa", "math")
+MEASURED = Path(__file__).with_name("measured.json")
 
 
 def git_attention(
@@ -27,52 +32,103 @@ def git_attention(
 
     q: [B, S, H, D]; k, v: [B, kv_len, Hk, D] with H a multiple of Hk; returns [B, S, H, D].
     scale: factor on the scores, 1/sqrt(D) by default; alibi_slopes: [H], adds slope * (key - query), Press et al. 2022.
-    dropout: probability, applied to the attention weights by `torch.nn.functional.dropout`.
-    backend: "sdpa" (dense mask), "math" (plain formula, fp64 capable), "auto". Padding may hold any value, NaN too.
+    dropout: probability, applied to the attention weights by `torch.nn.functional.dropout`; only "math" has it.
+    backend: "kernel" (the compiled op), "two_call" (PyTorch's attention twice; rows of one sample whose number of image
+    tokens is an int), "flex" (FlexAttention), "sdpa" (PyTorch's, dense mask), "math" (the formula), or "auto".
+    Padding may hold any value, NaN too; its gradients are 0. What a backend cannot do is a ValueError.
     """
     if backend not in BACKENDS:
         raise ValueError(f"git_attention: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if q.shape[2] % k.shape[2] or k.shape[1] != mask.kv_len or q.shape[1] != mask.rows.shape[1]:
+    queries, fits = mask.rows.shape[1], len(mask.rows) in (1, q.shape[0])
+    if q.shape[2] % k.shape[2] or k.shape[1] != mask.kv_len or q.shape[1] != queries or k.shape != v.shape or not fits:
         raise ValueError(
-            f"git_attention: q {tuple(q.shape)}, k {tuple(k.shape)} and a mask of {mask.rows.shape[1]} queries by "
-            f"{mask.kv_len} keys do not fit; expected [B, S, H, D], [B, kv_len, Hk, D], H a multiple of Hk"
+            f"git_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and a mask of rows "
+            f"{tuple(mask.rows.shape)} and {mask.kv_len} keys do not fit; expected [B, S, H, D], [B, kv_len, Hk, D], "
+            "H a multiple of Hk"
         )
-    plain = alibi_slopes is None and dropout == 0.0
-    if backend == "sdpa" and not plain:
-        raise ValueError("git_attention: backend 'sdpa' has neither ALiBi nor dropout; use backend='math'")
-
-    allowed = mask.dense()
-    live_query = (mask.rows[..., 1] > mask.rows[..., 0])[:, :, None, None]
-    live_key = allowed.any(dim=-2)[:, 0, :, None, None]
-    # a masked score has weight 0, but 0 * NaN is NaN: padding is cut out of the products and of their gradients
-    q, k, v = torch.where(live_query, q, 0), torch.where(live_key, k, 0), torch.where(live_key, v, 0)
-    allowed = allowed | ~live_query[:, None, :, 0]  # softmax over no key is NaN; those rows are zeroed below
-    if (group := q.shape[2] // k.shape[2]) > 1:
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if backend == "auto":
+        backend = choose(q, k, v, mask, alibi_slopes, dropout)
+    refuse(backend, q, mask, alibi_slopes, dropout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if plain and backend != "math":
-        out = _sdpa(q, k, v, allowed, scale)
+    if backend == "kernel":
+        return kernel(q, k, v, mask.rows, scale, alibi_slopes)
+
+    live = mask.live[:, :, None, None]
+    allowed = mask.dense() if backend in ("sdpa", "math") else None
+    live_key = (mask.live_keys if allowed is None else allowed.any(dim=-2)[:, 0])[:, :, None, None]
+    # a masked score has weight 0, but 0 * NaN is NaN: padding is cut out of the products and of their gradients
+    q, k, v = torch.where(live, q, 0), torch.where(live_key, k, 0), torch.where(live_key, v, 0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if allowed is not None:
+        allowed = allowed | ~live.squeeze(3)[:, None]  # softmax over no key is NaN; those rows are zeroed below
+    if backend == "two_call":
+        out = two_call(q, k, v, mask.images, scale)
+    elif backend == "flex":
+        out = flex(q, k, v, mask, scale, alibi_slopes)
+    elif backend == "sdpa":
+        out = sdpa(q, k, v, allowed, scale)
     else:
-        out = _math(q, k, v, allowed, scale, alibi_slopes, dropout)
-    return torch.where(live_query, out.transpose(1, 2), 0)
+        out = math(q, k, v, allowed, scale, alibi_slopes, dropout)
+    return torch.where(live, out.transpose(1, 2), 0)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    # without cuDNN: its backward with a mask gives NaN for lengths of 64 modulo 128 on Hopper (pytorch#196678)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+def refuse(backend: str, q: Tensor, mask: GitMask, alibi_slopes: Tensor | None, dropout: float) -> None:
+    """ValueError if a backend lacks what is asked of it, naming one that has it."""
+    if dropout > 0.0 and backend != "math":
+        raise ValueError(f"git_attention: backend {backend!r} has no dropout (found {dropout}); use backend='math'")
+    if alibi_slopes is not None and backend in ("sdpa", "two_call"):
+        raise ValueError(f"git_attention: backend {backend!r} has no ALiBi; use backend='kernel' or 'math'")
+    if backend == "two_call" and mask.images is None:
+        raise ValueError(
+            "git_attention: backend 'two_call' needs rows that begin with equally many image tokens, known on "
+            "the host; make the mask by GitMask.from_lengths with an int for image_lens, padding='right' and no unused "
+            "image_slots, or use backend='auto'"
+        )
+    if backend == "flex" and mask.kv_len != q.shape[1]:
+        raise ValueError(
+            f"git_attention: backend 'flex' needs as many queries as keys, found {q.shape[1]} and {mask.kv_len}; use "
+            "backend='sdpa'"
+        )
 
 
-def _math(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, alibi_slopes: Tensor | None, dropout: float
-) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    if alibi_slopes is not None:
-        key = torch.arange(k.shape[2], device=q.device)
-        query = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        scores = scores + alibi_slopes[:, None, None] * (key - query[:, None])
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1).to(q.dtype)
+def choose(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor | None, dropout: float) -> str:
+    """The backend that "auto" means: on CUDA what was measured as the fastest, and nothing that was not measured."""
+    dense = "sdpa" if alibi_slopes is None else "math"
     if dropout > 0.0:
-        weights = F.dropout(weights, p=dropout)
-    return weights @ v
+        return "math"
+    if q.shape[1] == 1:  # a token that is decoded: its mask is one row
+        return dense
+    fused = not kernel_refuses(q, k, v, alibi_slopes)
+    if q.device.type != "cuda":
+        return "kernel" if fused else dense
+    fastest = measured(q.device.index or 0, q.shape[3], q.shape[1], mask.packed)
+    can = {
+        "kernel": fused,
+        "two_call": mask.images is not None and alibi_slopes is None,
+        "flex": mask.kv_len == q.shape[1],
+        "sdpa": alibi_slopes is None,
+    }
+    return fastest if can.get(fastest) else dense
+
+
+@torch.compiler.assume_constant_result
+def measured(device: int, head_size: int, queries: int, packed: bool) -> str | None:
+    """The fastest backend in the table of measurements, of the next larger number of queries; None: not measured."""
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return lookup(table(), name, head_size, queries, packed)
+
+
+@functools.cache
+def table() -> list[dict]:
+    """Rows of `measured.json`, which `benchmarks/gpu.sh` writes: device, head_size, queries_up_to, packed, backend."""
+    return json.loads(MEASURED.read_text())
+
+
+def lookup(rows: list[dict], device: str, head_size: int, queries: int, packed: bool) -> str | None:
+    fitting = [
+        row
+        for row in rows
+        if (row["device"], row["head_size"], row["packed"]) == (device, head_size, packed)
+        and row["queries_up_to"] >= queries
+    ]
+    return min(fitting, key=lambda row: row["queries_up_to"])["backend"] if fitting else None
