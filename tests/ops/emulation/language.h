@@ -15,7 +15,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 // Thread-local variables lie side by side, so the emulator finds them all: one run of a block is one OS thread.
 #define __shared__ static thread_local
 
