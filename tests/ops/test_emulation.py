@@ -114,7 +114,8 @@ def test_conversions_are_torch_s(probes, half):
     bits = np.arange(65536, dtype=np.uint16)
     limits = [0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.99, 65520, 3.4e38, 3.39e38, 6e-8, 2.9e-8, 6.1e-5, 1e-41]
     values = np.random.default_rng(half).integers(0, 1 << 32, 65536, dtype=np.uint32).view(np.float32).copy()
-    values[::2] = np.random.default_rng(half).normal(size=32768).astype(np.float32) * 2.0 ** (np.arange(32768) % 48 - 32)
+    normal = np.random.default_rng(half).normal(size=32768).astype(np.float32)
+    values[::2] = normal * 2.0 ** (np.arange(32768) % 48 - 32)
     values[: len(limits)] = limits
     wide, narrow = np.zeros(65536, np.float32), np.zeros(65536, np.uint32)
     probes.call("probe_conversions", bits, wide, values, narrow, 65536, half)
