@@ -6,10 +6,11 @@
 
 #include <cstdint>
 
+// Always inlined: sources that are compiled once per instruction set must not leave copies for the linker to choose from.
 #if defined(__CUDACC__)
 #define DSVLM_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define DSVLM_HOST_DEVICE inline
+#define DSVLM_HOST_DEVICE __attribute__((always_inline)) inline
 #endif
 
 namespace dsvlm {
