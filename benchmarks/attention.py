@@ -197,7 +197,9 @@ def write_choices(path: Path, entries: list[dict]) -> None:
     known = json.loads(path.read_text()) if path.exists() else []
     mine = {entry["device"] for entry in entries}
     whole = [entry for entry in known if entry["device"] not in mine] + entries
-    path.write_text("[\n" + ",\n".join("  " + json.dumps(entry) for entry in whole) + "\n]\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text("[\n" + ",\n".join("  " + json.dumps(entry) for entry in whole) + "\n]\n")
+    os.replace(part, path)
 
 
 def render(records: list[dict], left_out: list[str]) -> str:
@@ -266,6 +268,8 @@ def run(shapes: Iterable[Shape], args: argparse.Namespace) -> int:
     def save(complete: bool) -> None:
         text = render(records, left_out)
         save_part(args.out, "attention", text, verdicts(records, goals), complete, **about, records=records)
+        if args.measured:
+            write_choices(args.measured, choices(records, about["machine"]["architecture"] or "cpu"))
 
     for shape in shapes:
         spent = time.monotonic() - begin
@@ -280,8 +284,6 @@ def run(shapes: Iterable[Shape], args: argparse.Namespace) -> int:
         progress(f"attention: {shape.name}: {time.monotonic() - start:.1f} s")
         save(False)
     save(not left_out)
-    if args.measured:
-        write_choices(args.measured, choices(records, about["machine"]["architecture"] or "cpu"))
     print(render(records, left_out), markdown(verdicts(records, goals)), sep="\n\n")
     return 0
 

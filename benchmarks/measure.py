@@ -100,7 +100,10 @@ def processor() -> str:
 def commit() -> str:
     """Short hash of the checkout, with a plus when files differ from it; "" outside of git."""
     root = Path(__file__).parents[1]
-    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return ""
     return found.stdout.strip()
 
 
