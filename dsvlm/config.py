@@ -19,13 +19,15 @@ EXECUTION = (
     "train.ds_config", "train.save_every", "train.keep", "train.log_every", "train.timeout", "schedule.rounds",
     "model.loss_chunk", "model.gradient_checkpointing", "eval.samples", "eval.batch", "eval.max_new_tokens",
     "data.max_bad_share", "data.cache_mb", "data.worker_timeout", "data.remote_cache", "data.remote_cache_mb",
-    "data.shared_shards", "tasks.*.pack", "train.micro_tokens", "train.buckets",
+    "data.shared_shards", "tasks.*.pack", "train.micro_tokens", "train.buckets", "train.expert_parallel",
 )  # fmt: skip
 # Fields that came after the first runs: at these values they are no part of the identity, and older runs keep theirs.
 LATER = {
     "data.decoder": "auto", "data.dct_scaling": False, "schedule.mixture": None, "schedule.phases": [],
-    "schedule.controller": None,
+    "schedule.controller": None, "model.moe": None,
 }  # fmt: skip
+
+CUT = ("train.micro_batch", "train.micro_tokens", "train.buckets", "schedule.rounds", ".pack")  # of windows into units
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    kind: str = "opt"  # opt | llama | t5
+    kind: str = "opt"  # opt | llama | mpt | t5
     pretrained: str | None = None
     config: dict = field(default_factory=dict)  # OPTConfig, LlamaConfig or T5Config arguments
 
@@ -72,12 +74,42 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class MoeLosses:
+    """Weights of the losses that keep routing in balance, each a mean over groups and layers."""
+
+    importance: float = 0.0  # (std / mean)^2 over experts of their summed softmax (V-MoE)
+    load: float = 0.0  # the same of the chances to be chosen (V-MoE); needs noise
+    z: float = 0.0  # mean of logsumexp(logits)^2 (ST-MoE)
+    local_entropy: float = 0.0  # mean of a token's softmax (LIMoE): small, when routers are sure
+    global_entropy: float = 0.0  # max(0, tau - entropy of the mean softmax) (LIMoE)
+    tau: float = 0.0  # nats: global_entropy asks for at least exp(tau) experts
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Experts instead of feed-forward networks, each of which starts as a copy of the network it replaces."""
+
+    where: tuple[str, ...]  # vision | connector | decoder
+    layers: str = "every 2"  # blocks: every n is n - 1, 2n - 1, ...; last n of 1, 3, 5, ... (V-MoE)
+    experts: int = 8
+    k: int = 1  # experts of a token
+    capacity_factor: float = 1.05  # room of a group's experts for image tokens, 0 = no limit; text never has one
+    policy: str = "bpr"  # who gets the room: bpr (Batch Priority Routing) | position | probs
+    group: str = "sample"  # who competes: sample (the tokens of an image) | unit (all images of a unit: ranks count)
+    noise: float = 0.0  # on logits in training, of standard deviation noise / experts (V-MoE: 1)
+    renormalize: bool = False  # a token's weights add up to 1
+    image: MoeLosses = MoeLosses(importance=0.005)
+    text: MoeLosses = MoeLosses(importance=0.005)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     vision: VisionConfig
     decoder: DecoderConfig
     freeze: tuple[str, ...] = ()  # patterns over parameter names; one that matches nothing is an error
     train: tuple[str, ...] = ()  # patterns that make trainable again what freeze or lora froze
     lora: LoraSettings | None = None
+    moe: MoeConfig | None = None
     embedding_std: float | None = None  # re-draws token embeddings of models trained from scratch
     positions: str = "default"  # "sinusoidal": learned position tables start as sinusoids
     loss_chunk: int = 1024  # targets per slice of the vocabulary projection
@@ -174,6 +206,7 @@ class TrainConfig:
     micro_tokens: int = 0  # instead: padded tokens, images and text; units then hold samples of like length
     buckets: int = 16  # row lengths that such units are padded to
     zero: int = 3
+    expert_parallel: bool = False  # ranks share the experts' work by all-to-all; zero 2 at most
     ds_config: str | None = None  # DeepSpeed JSON that replaces ds_configs/zero<N>.json
     dtype: str = "fp32"  # fp32 | bf16
     save_every: int = 500
@@ -213,7 +246,9 @@ class Recipe:
     def identity(self) -> dict:
         """What the run is, as flat `path -> value`: every field but the execution settings."""
         flat = flatten(self.to_dict())
-        kept = {path: value for path, value in flat.items() if not is_execution(path)}
+        # experts with room for a whole unit: how the window is cut is part of what the run is
+        cut = CUT if self.model.moe and self.model.moe.group == "unit" else ()
+        kept = {path: value for path, value in flat.items() if not is_execution(path) or path.endswith(cut)}
         return {path: value for path, value in kept.items() if path not in LATER or value != LATER[path]}
 
     def identity_hash(self) -> str:

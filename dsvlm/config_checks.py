@@ -1,5 +1,6 @@
 """Cross-field checks of a recipe: everything that can be known wrong before a file is read or a rank is started."""
 
+import math
 import re
 
 from dsvlm.config import ModelConfig, Recipe, TaskConfig, nearest
@@ -100,7 +101,41 @@ def check_model(model: ModelConfig) -> None:
     if model.lora:
         at_least("model.lora.r", model.lora.r, 1)
         within("model.lora.dropout", model.lora.dropout, 0.0, 0.9)
+    if model.moe:
+        check_moe(model)
     check_sizes(model)
+
+
+def check_moe(model: ModelConfig) -> None:
+    moe = model.moe
+    for part in moe.where:
+        one_of("model.moe.where", part, ("vision", "connector", "decoder"))
+    if not moe.where:
+        raise ValueError("model.moe.where: empty; name vision, connector or decoder, or remove model.moe")
+    if "decoder" in moe.where and model.decoder.kind not in ("opt", "llama"):
+        raise ValueError(
+            f"model.moe.where: decoders of kind {model.decoder.kind} take no experts; use opt or llama, or take it out"
+        )
+    if not re.fullmatch(r"(every|last) [1-9][0-9]*", moe.layers):
+        raise ValueError(f"model.moe.layers: {moe.layers!r} must be 'every N' or 'last N', N at least 1")
+    within("model.moe.experts", moe.experts, 2, 1024)
+    within("model.moe.k", moe.k, 1, moe.experts)
+    within("model.moe.capacity_factor", moe.capacity_factor, 0.0, LARGEST)
+    within("model.moe.noise", moe.noise, 0.0, LARGEST)
+    one_of("model.moe.policy", moe.policy, ("bpr", "position", "probs"))
+    one_of("model.moe.group", moe.group, ("sample", "unit"))
+    if moe.renormalize and moe.k == 1:
+        raise ValueError("model.moe.renormalize: at k 1 every weight would be 1 and no router would learn; raise k")
+    for name, losses in (("image", moe.image), ("text", moe.text)):
+        for field in ("importance", "load", "z", "local_entropy", "global_entropy", "tau"):
+            within(f"model.moe.{name}.{field}", getattr(losses, field), 0.0, LARGEST)
+        if losses.load > 0 and moe.noise == 0:
+            raise ValueError(f"model.moe.{name}.load: chances are those of noise; set model.moe.noise, or load to 0")
+        if losses.global_entropy > 0 and not 0 < losses.tau <= math.log(moe.experts):
+            raise ValueError(
+                f"model.moe.{name}.tau: {losses.tau} asks for {math.exp(min(losses.tau, 9)):.3g} experts of "
+                f"{moe.experts}; global_entropy needs 0 < tau <= log(experts) = {math.log(moe.experts):.4g}"
+            )
 
 
 def lora_targets(model: ModelConfig) -> tuple[str, ...]:
@@ -202,6 +237,8 @@ def check_numbers(recipe: Recipe) -> None:
     one_of("train.zero", train.zero, (0, 1, 2, 3))
     if train.dtype == "bf16" and train.zero == 0:
         raise ValueError("train.zero: 0 has no fp32 gradients for train.dtype bf16; use train.zero 1 or more")
+    if train.expert_parallel:
+        check_expert_parallel(recipe)
     for index, group in enumerate(optim.groups):
         path = f"optim.groups[{index}]"
         check_pattern(f"{path}.match", group.match)
@@ -233,6 +270,19 @@ def check_numbers(recipe: Recipe) -> None:
     within("optim.eps", optim.eps, 1e-30, 1.0)
     within("text.bins", recipe.text.bins, 2, 4096)
     within("data.max_bad_share", recipe.data.max_bad_share, 0.0, 1.0)
+
+
+def check_expert_parallel(recipe: Recipe) -> None:
+    moe, path = recipe.model.moe, "train.expert_parallel"
+    if moe is None:
+        raise ValueError(f"{path}: the model has no experts; set model.moe, or remove this")
+    if recipe.train.zero > 2:
+        raise ValueError(f"{path}: train.zero 3 cuts the experts' weights up already; use train.zero 2, or remove this")
+    if "decoder" in moe.where or moe.group == "unit" or moe.capacity_factor == 0:
+        raise ValueError(
+            f"{path}: ranks exchange as many rows as experts have room for, so model.moe needs a capacity_factor "
+            "above 0, group sample, and vision or connector alone in where"
+        )
 
 
 def check_loading(recipe: Recipe) -> None:

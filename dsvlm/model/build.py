@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,7 @@ def build_model(
                 vision_settings=_settings(tower),
                 decoder_settings=_settings(decoder),
                 heads=dict(heads),
+                moe=None if config.moe is None else asdict(config.moe),
                 image_mean=list(OPENAI_CLIP_MEAN),
                 image_std=list(OPENAI_CLIP_STD),
                 loss_chunk=config.loss_chunk,

@@ -13,6 +13,8 @@ class Connector(nn.Module):
         super().__init__()
         self.linear = nn.Linear(vision_size, embedding_size)
         self.norm = nn.LayerNorm(embedding_size, eps=eps)
+        self.moe: nn.Module | None = None  # experts, whose output is added (`place_experts`)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.linear(features))
+        projected = self.linear(features)
+        return self.norm(projected if self.moe is None else projected + self.moe(features))

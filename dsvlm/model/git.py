@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 
+from dsvlm.config import MoeConfig, build
 from dsvlm.data.encode import IGNORE
 from dsvlm.model.backbone import build_decoder, kind_of
 from dsvlm.model.backbone.attention import register
@@ -17,6 +18,9 @@ from dsvlm.model.connector import Connector
 from dsvlm.model.dropout import KeyedDropout, image_keys
 from dsvlm.model.heads import HeadBank
 from dsvlm.model.loss import VocabHead
+from dsvlm.model.moe_groups import MoeContext
+from dsvlm.model.moe_losses import summarise
+from dsvlm.model.moe_place import moe_layers, place_experts
 from dsvlm.model.rows import Layout, assemble, lay_out
 from dsvlm.model.vision import VisionEncoder, build_tower
 
@@ -28,7 +32,8 @@ class GitVlmConfig(PreTrainedConfig):
     """Configuration of a `GitVlm`.
 
     decoder_kind: key of `backbone.KINDS`; vision_settings, decoder_settings: the parts' own configurations as dicts;
-    heads: classes per task head; image_mean, image_std: per channel, of pixels scaled to [0, 1].
+    heads: classes per task head; image_mean, image_std: per channel, of pixels scaled to [0, 1]; moe: fields
+    of a `MoeConfig`.
     """
 
     model_type = "dsvlm_git"
@@ -37,6 +42,7 @@ class GitVlmConfig(PreTrainedConfig):
     vision_settings: dict | None = None
     decoder_settings: dict | None = None
     heads: dict | None = None
+    moe: dict | None = None
     image_mean: list | None = None
     image_std: list | None = None
     loss_chunk: int = 1024
@@ -76,6 +82,9 @@ class GitVlm(PreTrainedModel):
         )
         self.decoder = decoder
         self.heads = HeadBank(config.heads or {}, head.in_features)
+        self.experts = build(MoeConfig, config.moe, "moe") if config.moe else None
+        if self.experts:
+            place_experts(self, self.experts)
         self.post_init()
 
     @property
@@ -95,9 +104,12 @@ class GitVlm(PreTrainedModel):
         Returns loss_sum [] = sum over targets of weight * nll (head losses included), at least fp32; and detached, per
         sample [B]: nll (unweighted sum), count (int64 targets), correct (int64 targets predicted right), positions
         (int64, its images and text in the row; an encoder-decoder's source), slots (float64 positions computed for it).
+        With experts also aux [2], the sums over images and over texts of the routing's losses, for normalisation over
+        the window's; and routing, figures of it as in `moe_losses.Told`.
         """
         with self.keyed_dropout(batch):
             layout, hidden, row, start, pooled = self._states(batch)
+        told = self._told()
         live = batch.targets != IGNORE
         sample, column = live.nonzero(as_tuple=True)
         loss, nll, correct = self.get_output_embeddings()(
@@ -113,6 +125,7 @@ class GitVlm(PreTrainedModel):
             "correct": live.masked_scatter(live, correct).sum(dim=1) + head_correct,
             "positions": layout.lengths,
             "slots": layout.slots,
+            **told,
         }
 
     def logits(self, batch: Batch) -> Tensor:
@@ -140,6 +153,7 @@ class GitVlm(PreTrainedModel):
         self.eval()
         try:
             layout = lay_out(image_row, self.vision.tokens, lengths, flush_right=self.flow.FLUSH_RIGHT)
+            self._tell_experts(layout, image_row, torch.zeros_like(lengths), torch.ones_like(lengths))
             embeds = self._embeds(layout, pixels, tokens)
             return self.flow.greedy(self.decoder, embeds, layout, max_new_tokens, eos_id, self.config.pad_token_id)
         finally:
@@ -179,7 +193,26 @@ class GitVlm(PreTrainedModel):
     def _states(self, batch: Batch) -> tuple[Layout, Tensor, Tensor, Tensor, Tensor]:
         pixels, image_row = self._images(batch)
         layout = self._layout(batch, image_row)
+        self._tell_experts(layout, image_row, batch.keys, batch.weight, packed=batch.row is not None)
         return layout, *self.flow.states(self.decoder, self._embeds(layout, pixels, batch.tokens), layout, batch)
+
+    def _tell_experts(self, layout: Layout, image_row: Tensor, keys: Tensor, weight: Tensor, packed=False) -> None:
+        """Tells every layer of experts whose its tokens are; layers recomputed in the backward ask again."""
+        if not self.experts:
+            return
+        context = MoeContext(
+            layout, image_row, self.vision.tokens, keys, weight > 0, packed=packed,
+            by_unit=self.experts.group == "unit", training=self.training,
+        )  # fmt: skip
+        for layer in moe_layers(self):
+            layer.context = context
+
+    def _told(self) -> dict[str, Tensor]:
+        if not self.experts:
+            return {}
+        layers = moe_layers(self)
+        told = summarise(layers[0].context.close(), [layer.name for layer in layers], self.experts)
+        return {"aux": told.loss, "routing": told.figures}
 
     def _layout(self, batch: Batch, image_row: Tensor) -> Layout:
         return lay_out(image_row, self.vision.tokens, batch.lengths, row=batch.row, width=batch.width)

@@ -36,7 +36,7 @@ def parameter_groups(model, optim: OptimConfig) -> list[dict]:
         chosen = optim.groups[index] if index is not None else None
         lr = optim.lr if chosen is None or chosen.lr is None else chosen.lr
         decay = optim.weight_decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay
-        decay = 0.0 if parameter.ndim < 2 else decay
+        decay = 0.0 if parameter.ndim < 2 or name.endswith("bias") else decay  # experts' biases are [E, size]
         group = groups.setdefault((lr, decay), {"params": [], "lr": 0.0, "base_lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     for index, group in enumerate(optim.groups):

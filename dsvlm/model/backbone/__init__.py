@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MptConfig,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedConfig,
@@ -20,6 +21,7 @@ from transformers import (
 
 from dsvlm.model.backbone import causal, seq2seq
 from dsvlm.model.backbone.attention import NAME
+from dsvlm.model.backbone.mpt import GitMptForCausalLM
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Kind:
 KINDS = {
     "opt": Kind(OPTConfig, OPTForCausalLM, causal, NAME),
     "llama": Kind(LlamaConfig, LlamaForCausalLM, causal, NAME),
+    # eager: transformers knows no other MPT; the model itself then attends by git_attention
+    "mpt": Kind(MptConfig, GitMptForCausalLM, causal, "eager"),
     # eager: T5 adds a relative position bias to the scores, and its dropout must be keyed by sample
     "t5": Kind(T5Config, T5ForConditionalGeneration, seq2seq, "eager"),
 }

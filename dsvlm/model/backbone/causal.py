@@ -19,9 +19,13 @@ def states(decoder: PreTrainedModel, embeds: Tensor, layout: Layout, batch) -> t
     [B] each; and the state of its last text token [B, D].
     """
     check_length(decoder, layout.longest)
-    mask = GitMask.from_segments(layout.sample, layout.is_image)
+    mask = GitMask.from_segments(layout.sample, layout.is_image, packed=batch.row is not None)
     hidden = decoder.base_model(
-        inputs_embeds=embeds, attention_mask=mask.as_hf(), position_ids=mask.position_ids(), use_cache=False
+        inputs_embeds=embeds,
+        attention_mask=mask.as_hf(),
+        position_ids=mask.position_ids(),
+        use_cache=False,
+        git_packed=mask.packed,
     ).last_hidden_state
     last = hidden[layout.row, layout.start + layout.lengths - 1]
     return hidden, layout.row, layout.start + layout.image_lens, last
@@ -60,8 +64,7 @@ def greedy(
 
 def check_length(decoder: PreTrainedModel, length: int) -> None:
     """ValueError when a sample is longer than a learned position table."""
-    limit = decoder.config.max_position_embeddings
-    if decoder.config.model_type == "opt" and length > limit:
+    if decoder.config.model_type == "opt" and length > (limit := decoder.config.max_position_embeddings):
         raise ValueError(
             f"decoder: a sample of {length} tokens (images and text) exceeds max_position_embeddings {limit}; "
             "shorten the text, use fewer image tokens, or raise max_position_embeddings"
