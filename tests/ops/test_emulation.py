@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.emulation.build import HERE, EmulationError, emulated
+from tests.ops.emulation.build import HERE, EmulationError, emulated, guarded
 
 SEEDS = range(8)
 TYPES = {0: torch.bfloat16, 1: torch.float16}
@@ -158,6 +158,15 @@ def test_mistakes_are_named(probes, kind, message):
     for seed in SEEDS:
         with pytest.raises(EmulationError, match=rf"block \(\d, \d, 0\): .*({message})"):
             probes.call("probe_wrong", kind, aligned, 256, seed=seed)
+    reversed_by(probes, 1, 0)
+
+
+@pytest.mark.parametrize("kind, size", [(12, 64), (13, 64)])
+def test_an_access_behind_an_array_is_an_error(probes, kind, size):
+    """Copies and plain loads; all of the array itself may be read."""
+    probes.call("probe_wrong", kind, guarded(torch.zeros(size)), 256)
+    with pytest.raises(EmulationError, match="an address where there is no memory"):
+        probes.call("probe_wrong", kind, guarded(torch.zeros(size - 4)), 256)
     reversed_by(probes, 1, 0)
 
 

@@ -6,6 +6,7 @@
 #pragma once
 #include <link.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -67,6 +68,7 @@ struct Machine {
   void* closure = nullptr;
   jmp_buf launcher;
   ucontext_t fiber;
+  unsigned char* signal_stack = nullptr;
   std::string error;
 };
 
@@ -74,6 +76,7 @@ inline Machine machine;
 inline thread_local char shared_anchor;  // makes sure that the thread has its static shared memory before it is asked for
 
 inline Thread& current() { return machine.threads[machine.current]; }
+inline Thread& peer_of(int lane) { return machine.threads[machine.current / kLanes * kLanes + lane]; }
 
 inline std::string place(const uint3& at) {
   return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
@@ -178,21 +181,19 @@ void join(const char* name, uint32_t mask, Arguments& own, void (*complete)(Argu
   thread.waits = name, thread.kind = reinterpret_cast<const void*>(complete);
   thread.mask = mask, thread.arguments = &own;
   lanes.waiting |= 1u << lane;
+  if (const uint32_t gone = mask & lanes.ended)
+    fail(std::string(name) + " waits for thread " + place(peer_of(__builtin_ctz(gone)).index) + ", which has ended");
+  // while lanes are missing, one of those that are here tells whether all are at the same collective
+  const bool complete_now = (lanes.waiting & mask) == mask;
+  const uint32_t here = lanes.waiting & mask & ~(1u << lane);
   Arguments* all[kLanes] = {};
-  bool complete_now = true;
-  for (uint32_t rest = mask; rest; rest &= rest - 1) {
-    const int other = __builtin_ctz(rest);
-    const Thread& peer = machine.threads[warp * kLanes + other];
-    if (lanes.ended >> other & 1)
-      fail(std::string(name) + " waits for thread " + place(peer.index) + ", which has ended");
-    if (!(lanes.waiting >> other & 1)) {
-      complete_now = false;
-    } else if (peer.kind != thread.kind || peer.mask != mask) {
+  all[lane] = &own;
+  for (uint32_t rest = complete_now ? here : here & -here; rest; rest &= rest - 1) {
+    const Thread& peer = peer_of(__builtin_ctz(rest));
+    if (peer.kind != thread.kind || peer.mask != mask)
       fail(std::string(name) + " waits for thread " + place(peer.index) + ", which is at " + peer.waits +
            (peer.mask != mask ? " (or has another mask)" : ""));
-    } else {
-      all[other] = static_cast<Arguments*>(peer.arguments);
-    }
+    all[__builtin_ctz(rest)] = static_cast<Arguments*>(peer.arguments);
   }
   if (complete_now) {
     complete(all);
@@ -249,6 +250,7 @@ inline void prepare() {
   machine.threads.resize(kMaxThreads);
   machine.stacks = static_cast<unsigned char*>(reserve(kMaxThreads * (kStackBytes + kPage)));
   for (int i = 0; i < kMaxThreads; ++i) mprotect(machine.stacks + i * (kStackBytes + kPage), kPage, PROT_NONE);
+  machine.signal_stack = static_cast<unsigned char*>(reserve(kStackBytes));
   // aligned to 128 bytes and to no more, as DSVLM_DYNAMIC_SHARED promises
   machine.shared = static_cast<unsigned char*>(reserve(kSharedLimit + kCanaryBytes + 128)) + 128;
 }
@@ -280,6 +282,31 @@ inline void end_block() {
       stop("dynamic shared memory was written " + std::to_string(i) + " bytes past its end");
 }
 
+// Memory that is not there: tests put arrays at the end of a page that nothing follows.
+inline void on_fault(int, siginfo_t* info, void*) {
+  char address[32];
+  snprintf(address, sizeof(address), "%p", info->si_addr);
+  fail(std::string("an address where there is no memory: ") + address);
+}
+
+// While kernels run, a fault is their error and not the end of the process.
+struct FaultsAreErrors {
+  struct sigaction handler {}, before;
+  stack_t stack{}, stack_before;
+
+  FaultsAreErrors() {
+    stack.ss_sp = machine.signal_stack, stack.ss_size = kStackBytes;
+    sigaltstack(&stack, &stack_before);
+    handler.sa_sigaction = on_fault;
+    handler.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &handler, &before);
+  }
+  ~FaultsAreErrors() {
+    sigaction(SIGSEGV, &before, nullptr);
+    sigaltstack(&stack_before, nullptr);
+  }
+};
+
 // Runs body(closure) once in every thread; the message of what went wrong is in machine.error.
 __attribute__((noinline)) inline cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
                                                  void* closure) {
@@ -297,6 +324,7 @@ __attribute__((noinline)) inline cudaError_t run(dim3 grid, dim3 block, size_t s
   machine.count = int(threads), machine.warp_count = (machine.count + kLanes - 1) / kLanes;
   machine.random = (machine.seed + 1) * 0x9e3779b97f4a7c15u | 1;
   gridDim = grid, blockDim = block;
+  const FaultsAreErrors faults;
   for (machine.block = 0; machine.block < uint64_t(grid.x) * grid.y * grid.z; ++machine.block) {
     blockIdx = {unsigned(machine.block % grid.x), unsigned(machine.block / grid.x % grid.y),
                 unsigned(machine.block / grid.x / grid.y)};

@@ -2,10 +2,13 @@
 
 import ctypes
 import hashlib
+import mmap
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "dsvlm" / "ops" / "csrc"
@@ -40,6 +43,22 @@ def as_argument(value: Any) -> Any:
     if isinstance(value, float):
         return ctypes.c_float(value)
     return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)
+
+
+def guarded(values: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy whose last byte is the last of its page, with no memory behind: an access beyond is an error.
+
+    Aligned to 16 bytes, so up to 15 bytes behind the last element can be touched unseen.
+    """
+    size = -(-values.numel() * values.element_size() // 16) * 16
+    total = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
+    memory = mmap.mmap(-1, total)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(start + total - mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    offset = total - mmap.PAGESIZE - size
+    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset)
+    return copy.view(values.shape).copy_(values)
 
 
 def emulated(source: str | Path, cache: Path, defines: Iterable[str] = ()) -> Kernels:

@@ -124,6 +124,9 @@ __global__ void wrong(int kind, const float* from) {
   if (kind == 10 && threadIdx.x % 32 >= 8) __syncwarp();  // some lanes have ended or wait at the next barrier
   if (kind == 10) __syncthreads();
   if (kind == 11 && !first) __syncwarp();
+  if (kind == 12) copy_async_16(shared, from + 4 * threadIdx.x, threadIdx.x < 16), copy_async_commit();
+  if (kind == 12) copy_async_wait<0>();
+  if (kind == 13) __shfl_sync(0xffffffffu, from[threadIdx.x], 0);
 }
 
 }  // namespace dsvlm::example
