@@ -85,7 +85,7 @@ def check_schedule(recipe: Recipe) -> None:
 
 
 def check_model(model: ModelConfig) -> None:
-    one_of("model.decoder.kind", model.decoder.kind, ("opt", "llama", "t5"))
+    one_of("model.decoder.kind", model.decoder.kind, ("opt", "llama", "mpt", "t5"))
     one_of("model.positions", model.positions, ("default", "sinusoidal"))
     at_least("model.loss_chunk", model.loss_chunk, 1)
     for part, config in (("vision", model.vision), ("decoder", model.decoder)):
