@@ -1,0 +1,200 @@
+// Gradients of keys and values: a block owns 64 keys of one key head, 16 a warp, and walks over the queries that see
+// one of them, head after head of its group: sums need no atomics and come in one order.
+//
+// Scores are computed transposed, so that weights and their gradients are left operands as they lie in registers.
+#pragma once
+
+#include "backward_queries.cuh"
+
+namespace dsvlm::attention {
+
+// The tiles of queries that a block of keys visits, in every head of its group.
+struct TileWalk {
+  const uint32_t* visited;  // one bit a tile
+  int tiles, heads;         // heads: where the group ends
+  int head, tile;
+
+  __device__ __forceinline__ int from(int begin) const {
+    while (begin < tiles) {
+      const uint32_t rest = visited[begin / 32] & (kAllLanes << begin % 32);
+      if (rest != 0) return begin / 32 * 32 + __ffs(rest) - 1;
+      begin = (begin / 32 + 1) * 32;
+    }
+    return tiles;
+  }
+  __device__ __forceinline__ bool done() const { return head >= heads; }
+  __device__ __forceinline__ void start() {
+    tile = from(0);
+    if (tile >= tiles) head = heads;
+  }
+  __device__ __forceinline__ void advance() {
+    tile = from(tile + 1);
+    if (tile >= tiles) ++head, tile = from(0);
+  }
+};
+
+__device__ __forceinline__ Statistic load_statistic(const Statistic* at) {
+  const float2 pair = *reinterpret_cast<const float2*>(at);
+  return Statistic{pair.x, pair.y};
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads, BackwardShape<D>::kKeyBlocks) backward_keys_kernel(Backward p) {
+  using Shape = BackwardShape<D>;
+  constexpr int kRows = Shape::kRows, N = Shape::kQueries, kTile = N * kPitch<D>;
+  DSVLM_DYNAMIC_SHARED(shared);
+  T* k_tile = reinterpret_cast<T*>(shared);
+  T* v_tile = k_tile + kRows * kPitch<D>;
+  T* q_tiles = v_tile + kRows * kPitch<D>;
+  T* grad_tiles = q_tiles + 2 * kTile;
+  Statistic* statistics = reinterpret_cast<Statistic*>(grad_tiles + 2 * kTile);
+  Row* intervals = reinterpret_cast<Row*>(statistics + 2 * N);
+  uint32_t* live = reinterpret_cast<uint32_t*>(intervals + 2 * N);  // queries
+  uint32_t* visited = live + (p.queries + 63) / 64 * 2;
+
+  const int first_key = blockIdx.x * kRows, kv_head = blockIdx.y, batch = blockIdx.z, group = p.heads / p.kv_heads;
+  const int own = 16 * warp_index(), lane = lane_index();
+  __shared__ uint32_t live_keys[2];
+  mark_live(live_keys, first_key / 32, first_key / 32 + 2, p.key_rows(batch), p.keys);
+  __syncthreads();
+  const auto live_key = [&](int row) { return (live_keys[row / 32] >> (row % 32) & 1) != 0; };
+  copy_tile<D, kRows>(k_tile, p.k.at<T>(batch, first_key, kv_head), p.k.position, live_key);
+  copy_tile<D, kRows>(v_tile, p.v.at<T>(batch, first_key, kv_head), p.v.position, live_key);
+
+  // dead keys are no reason to mask: what they gather is not kept
+  KeyTile block_keys = key_word(live_keys[0], first_key), warp_keys;
+  block_keys.merge(key_word(live_keys[1], first_key + 32));
+  warp_keys = key_word(live_keys[own / 32] >> (own % 32) & 0xffffu, first_key + own);
+  block_keys.first_dead = warp_keys.first_dead = kFarKey;
+  const int tiles = Shape::summaries(p.queries);
+  const Summary* summaries = p.summaries + (p.rows_batch != 0 ? int64_t(batch) * tiles : 0);
+  for (int tile = threadIdx.x; tile < (tiles + 31) / 32 * 32; tile += kThreads) {
+    bool visit = false;
+    if (tile < tiles) {
+      const Summary summary = summaries[tile];
+      visit = decide(summary.tile, block_keys, first_key, first_key + kRows) != Visit::skip;
+#pragma unroll
+      for (int w = 0; w < N / 32; ++w) live[tile * (N / 32) + w] = summary.live[w];
+    }
+    const uint32_t bits = __ballot_sync(kAllLanes, visit);
+    if (lane == 0) visited[tile / 32] = bits;
+  }
+  __syncthreads();
+
+  const auto load_queries = [&](const TileWalk& at, int stage) {
+    const int query = at.tile * N;
+    const auto alive = [&](int row) { return (live[(query + row) / 32] >> ((query + row) % 32) & 1) != 0; };
+    copy_tile<D, N>(q_tiles + stage * kTile, p.q.at<T>(batch, query, at.head), p.q.position, alive);
+    copy_tile<D, N>(grad_tiles + stage * kTile, p.grad_out.at<T>(batch, query, at.head), p.grad_out.position, alive);
+  };
+  // what a query brings along, one thread each; fetched before a product and stored after it
+  const bool fetches = threadIdx.x < N, fetches_interval = threadIdx.x >= kThreads - N;
+  const auto fetch = [&](const TileWalk& at, Statistic& statistic, Row& interval) {
+    const int query = at.tile * N + threadIdx.x, last = query - (kThreads - N);
+    statistic = Statistic{kInfinity, 0}, interval = Row{0, 0};
+    if (fetches && query < p.queries)
+      statistic = load_statistic(p.statistics + (int64_t(batch) * p.heads + at.head) * p.queries + query);
+    if (fetches_interval && last < p.queries) interval = load_row(p.rows + batch * p.rows_batch + last);
+  };
+  const auto keep = [&](int stage, const Statistic& statistic, const Row& interval) {
+    if (fetches) statistics[stage * N + threadIdx.x] = statistic;
+    if (fetches_interval) intervals[stage * N + threadIdx.x - (kThreads - N)] = interval;
+  };
+
+  float grad_k[1][D / 8][4] = {}, grad_v[1][D / 8][4] = {};
+  TileWalk walk{visited, tiles, (kv_head + 1) * group, kv_head * group, 0};
+  walk.start();
+  int stage = 0;
+  Statistic statistic;
+  Row interval;
+  if (!walk.done()) {
+    load_queries(walk, stage);
+    fetch(walk, statistic, interval);
+    keep(stage, statistic, interval);
+  }
+  device::copy_async_commit();
+  while (!walk.done()) {
+    device::copy_async_wait<0>();
+    __syncthreads();
+    TileWalk next = walk;
+    next.advance();
+    if (!next.done()) {
+      load_queries(next, 1 - stage);
+      fetch(next, statistic, interval);
+    }
+    device::copy_async_commit();
+
+    const int key = first_key + own;
+    const Visit visit = decide(summaries[walk.tile].tile, warp_keys, key, smaller(key + 16, p.keys));
+    if (visit != Visit::skip) {
+      const T* q_tile = q_tiles + stage * kTile;
+      const T* grad_tile = grad_tiles + stage * kTile;
+      float s[1][N / 8][4] = {}, grad_weights[1][N / 8][4] = {};
+      multiply_transposed<D, 1, N>(s, k_tile + own * kPitch<D>, q_tile);
+      multiply_transposed<D, 1, N>(grad_weights, v_tile + own * kPitch<D>, grad_tile);
+      const float scale = p.scale * kLog2E, slope = p.slopes != nullptr ? p.slopes[walk.head] * kLog2E : 0;
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        const int column = stage * N + 8 * n + lane % 4 * 2;
+        const float4 pair = *reinterpret_cast<const float4*>(statistics + column);  // lse and delta of two queries
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float score = s[0][n][e] * scale - (e % 2 ? pair.z : pair.x);
+          if (p.slopes != nullptr)
+            score += slope * float(key + lane / 4 + 8 * (e / 2) -
+                                   p.position_of(walk.tile * N + 8 * n + lane % 4 * 2 + e % 2));
+          if (visit == Visit::partial && !intervals[column + e % 2].sees(key + lane / 4 + 8 * (e / 2)))
+            score = -kInfinity;
+          const float weight = device::fast_exp2(score);
+          s[0][n][e] = weight;
+          grad_weights[0][n][e] = weight * (grad_weights[0][n][e] - (e % 2 ? pair.w : pair.y));
+        }
+      }
+      uint32_t left[1][N / 16][4];
+      fragments<T, 1, N>(left, s);
+      multiply<D, 1, N>(grad_v, left, grad_tile);
+      fragments<T, 1, N>(left, grad_weights);
+      multiply<D, 1, N>(grad_k, left, q_tile);
+    }
+    if (!next.done()) keep(1 - stage, statistic, interval);
+    walk = next, stage = 1 - stage;
+  }
+  device::copy_async_wait<0>();
+  __syncthreads();
+
+  float kept_k[1][2], kept_v[1][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool live_row = live_key(own + 8 * i + lane / 4);
+    kept_k[0][i] = live_row ? p.scale : 0, kept_v[0][i] = live_row ? 1 : 0;
+  }
+  const int64_t stride = int64_t(p.kv_heads) * D;
+  const int64_t offset = (int64_t(batch) * p.keys + first_key + own) * stride + kv_head * D;
+  const int count = p.keys - first_key - own;
+  store_rows<D, 1>(static_cast<T*>(p.grad_k) + offset, stride, count, k_tile + own * kPitch<D>, grad_k, kept_k);
+  store_rows<D, 1>(static_cast<T*>(p.grad_v) + offset, stride, count, v_tile + own * kPitch<D>, grad_v, kept_v);
+}
+
+template <class T, int D>
+cudaError_t start_backward(const Backward& p, cudaStream_t stream) {
+  using Shape = BackwardShape<D>;
+  const auto blocks = [](int positions) { return (positions + Shape::kRows - 1) / Shape::kRows; };
+  const cudaError_t error = device::launch(backward_queries_kernel<T, D>, dim3(blocks(p.queries), p.heads, p.batch),
+                                           dim3(kThreads), Shape::query_bytes(p.keys), stream, p);
+  if (error != cudaSuccess) return error;
+  return device::launch(backward_keys_kernel<T, D>, dim3(blocks(p.keys), p.kv_heads, p.batch), dim3(kThreads),
+                        Shape::key_bytes(p.queries), stream, p);
+}
+
+template <class T>
+cudaError_t backward(const Backward& p, int head_dim, cudaStream_t stream) {
+  switch (head_dim) {
+    case 64: return start_backward<T, 64>(p, stream);
+    case 80: return start_backward<T, 80>(p, stream);
+    case 96: return start_backward<T, 96>(p, stream);
+    case 128: return start_backward<T, 128>(p, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace dsvlm::attention

@@ -1,0 +1,10 @@
+// One file a type, so that they compile side by side.
+#include "forward.cuh"
+
+namespace dsvlm::attention {
+
+cudaError_t forward_f16(const Forward& problem, int head_dim, cudaStream_t stream) {
+  return forward<device::f16>(problem, head_dim, stream);
+}
+
+}  // namespace dsvlm::attention
