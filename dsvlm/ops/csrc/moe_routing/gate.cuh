@@ -1,8 +1,8 @@
-// The gate: softmax, the k best experts, what the selection needs to know, and sums by block, in one pass over the logits.
+// The gate: softmax, the k best experts, what the selection needs, and sums by block, in one pass over the logits.
 #pragma once
 #include "route.cuh"
 
-namespace dsvlm::moe {
+namespace dsvlm::moe::cuda {
 
 constexpr int kGateThreads = 256;
 constexpr size_t kGateShared = 96 * 1024;  // two blocks on an SM; fewer threads where sums are wider
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kGateThreads, R::kValues > 8 ? 1 : 3) gate_for
       p[j] = 0;
     }
     if (valid) R::load(clean, logits, token);
-    if (valid && logits.noise) R::load(p, logits.noise + int64_t(token) * logits.experts, logits.experts, logits.vectors);
+    if (valid && logits.noise)
+      R::load(p, logits.noise + int64_t(token) * logits.experts, logits.experts, logits.vectors);
 
     // NaN and +inf count as +inf, so that one maximum finds the rows that no softmax can take
     float peak = -INFINITY;
@@ -201,4 +202,4 @@ inline cudaError_t launch_gate(const Route& route, cudaStream_t stream) {
   });
 }
 
-}  // namespace dsvlm::moe
+}  // namespace dsvlm::moe::cuda

@@ -7,7 +7,7 @@
 
 #include "cuda/device.cuh"
 
-namespace dsvlm::moe {
+namespace dsvlm::moe::cuda {
 
 constexpr int kTokensPerBlock = 128;  // of the gate; below 256, so that a block's counts fit in bytes
 constexpr int kMaxExperts = 1024;
@@ -20,7 +20,7 @@ constexpr uint16_t kNoSegment = 0xffff;
 enum class Scalar : int { f32, bf16, f16 };
 enum class Policy : int { bpr, position, probs };
 
-__host__ __device__ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+__host__ __device__ constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
 // The router's output, which forward and backward read. Absent tensors are null: no noise, modality 0, all valid.
 struct Logits {
@@ -50,12 +50,11 @@ struct Route {
   int *index, *slot, *src, *offs, *load, *kept, *bad_rows;
 
   // workspace, see place()
-  uint16_t* segment;             // [choices]: where each choice asks for a row, kNoSegment = nowhere
-  uint32_t* key;                 // [choices]: smaller = earlier in the order of the policy; equal ones by choice
-  uint8_t* counts;               // [segments + 1, stride]: choices that ask, by block of the gate; the last row: bad rows
-  float* sums;                   // [blocks, columns]
-  unsigned long long* asking;    // [choices]: a segment's choices, key in the upper half, when they are too many for
-                                 // shared memory
+  uint16_t* segment;           // [choices]: where each choice asks for a row, kNoSegment = nowhere
+  uint32_t* key;               // [choices]: smaller = earlier in the order of the policy; equal ones by choice
+  uint8_t* counts;             // [segments + 1, stride]: choices that ask, by block of the gate; last row: bad rows
+  float* sums;                 // [blocks, columns]
+  unsigned long long* asking;  // [choices]: key and choice, by segment; for those with too many for shared memory
 
   __host__ __device__ int segments() const { return logits.experts * pools; }
   __host__ __device__ int blocks() const { return (logits.tokens + kTokensPerBlock - 1) / kTokensPerBlock; }
@@ -143,7 +142,47 @@ struct Row {
       load(out, static_cast<const device::f16*>(logits.values) + offset, logits.experts, logits.vectors);
   }
 
+  // the row's gradient, in the type of the logits
+  __device__ static void store(void* to, const Logits& logits, int token, const float (&values)[kValues]) {
+    const int64_t offset = int64_t(token) * logits.experts;
+    if (logits.type == Scalar::f32)
+      store(static_cast<float*>(to) + offset, logits.experts, logits.vectors, values);
+    else if (logits.type == Scalar::bf16)
+      store(static_cast<device::bf16*>(to) + offset, logits.experts, logits.vectors, values);
+    else
+      store(static_cast<device::f16*>(to) + offset, logits.experts, logits.vectors, values);
+  }
+
  private:
+  template <class T>
+  __device__ static void store(T* row, int experts, bool vectors, const float (&values)[kValues]) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int first = expert(4 * chunk);
+      if (vectors && first < experts) {
+        store_four(row + first, values + 4 * chunk);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (first + i < experts) store_one(row + first + i, values[4 * chunk + i]);
+      }
+    }
+  }
+
+  __device__ static void store_one(float* to, float value) { *to = value; }
+  template <class T>
+  __device__ static void store_one(T* to, float value) {
+    *to = device::from_float<T>(value);
+  }
+  __device__ static void store_four(float* to, const float* values) {
+    *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+  }
+  template <class T>
+  __device__ static void store_four(T* to, const float* values) {
+    *reinterpret_cast<uint2*>(to) =
+        make_uint2(device::pack<T>(values[0], values[1]), device::pack<T>(values[2], values[3]));
+  }
+
   __device__ static float load_one(const float* from) { return *from; }
   template <class T>
   __device__ static float load_one(const T* from) {
@@ -170,4 +209,4 @@ auto with_row(int experts, Run run) {
   return run(Row<32, 8>{});
 }
 
-}  // namespace dsvlm::moe
+}  // namespace dsvlm::moe::cuda

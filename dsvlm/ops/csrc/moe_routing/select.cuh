@@ -1,9 +1,9 @@
-// The selection: one block per segment (expert, pool) finds the choices that ask for it, keeps those within its capacity
-// and gives them rows; blocks behind them add up the gate's sums.
+// The selection: one block per segment (expert, pool) finds the choices that ask for it, keeps those within its
+// capacity and gives them rows; blocks behind them add up the gate's sums.
 #pragma once
 #include "route.cuh"
 
-namespace dsvlm::moe {
+namespace dsvlm::moe::cuda {
 
 constexpr int kSelectThreads = 1024;
 constexpr int kSelectWarps = kSelectThreads / 32;
@@ -151,7 +151,8 @@ __device__ __forceinline__ int find_threshold(SelectShared& s, const unsigned lo
 }
 
 // Rows in order of choices for those below the threshold, and for the first of those that are equal to it.
-__device__ __forceinline__ void keep_first(const Route& r, SelectShared& s, const unsigned long long* asking, int load) {
+__device__ __forceinline__ void keep_first(const Route& r, SelectShared& s, const unsigned long long* asking,
+                                           int load) {
   const int shift = find_threshold(s, asking, load, s.own_kept);
   const uint32_t threshold = s.digit;
   const int share = (load + kSelectThreads - 1) / kSelectThreads;
@@ -277,4 +278,4 @@ inline cudaError_t launch_select(const Route& route, cudaStream_t stream) {
   return device::launch(select, dim3(blocks), dim3(kSelectThreads), 0, stream, route);
 }
 
-}  // namespace dsvlm::moe
+}  // namespace dsvlm::moe::cuda
