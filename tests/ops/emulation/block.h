@@ -183,19 +183,19 @@ void join(const char* name, uint32_t mask, Arguments& own, void (*complete)(Argu
   lanes.waiting |= 1u << lane;
   if (const uint32_t gone = mask & lanes.ended)
     fail(std::string(name) + " waits for thread " + place(peer_of(__builtin_ctz(gone)).index) + ", which has ended");
-  // while lanes are missing, one of those that are here tells whether all are at the same collective
-  const bool complete_now = (lanes.waiting & mask) == mask;
+  const bool last = (lanes.waiting & mask) == mask;
   const uint32_t here = lanes.waiting & mask & ~(1u << lane);
-  Arguments* all[kLanes] = {};
-  all[lane] = &own;
-  for (uint32_t rest = complete_now ? here : here & -here; rest; rest &= rest - 1) {
+  // while lanes are missing, one of those that are here tells whether all are at the same collective
+  for (uint32_t rest = last ? here : here & -here; rest; rest &= rest - 1) {
     const Thread& peer = peer_of(__builtin_ctz(rest));
     if (peer.kind != thread.kind || peer.mask != mask)
       fail(std::string(name) + " waits for thread " + place(peer.index) + ", which is at " + peer.waits +
            (peer.mask != mask ? " (or has another mask)" : ""));
-    all[__builtin_ctz(rest)] = static_cast<Arguments*>(peer.arguments);
   }
-  if (complete_now) {
+  if (last) {
+    Arguments* all[kLanes];
+    for (int i = 0; i < kLanes; ++i)
+      all[i] = mask >> i & 1 ? static_cast<Arguments*>(peer_of(i).arguments) : nullptr;
     complete(all);
     make_ready(warp, mask);
   }

@@ -69,7 +69,10 @@ def emulated(source: str | Path, cache: Path, defines: Iterable[str] = ()) -> Ke
     """
     text = f'#include "{source.resolve()}"\n' if isinstance(source, Path) else source
     command = ["g++", *FLAGS, *(f"-D{define}" for define in defines)]
-    name = hashlib.sha256("\n".join([*command, text]).encode()).hexdigest()[:16]
+    content = hashlib.sha256("\n".join([*command, text]).encode())
+    for header in sorted([*HERE.glob("*.*h"), *CSRC.rglob("*.*h")]):
+        content.update(header.read_bytes())
+    name = content.hexdigest()[:16]
     library = cache / f"{name}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
