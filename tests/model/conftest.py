@@ -41,9 +41,15 @@ DECODERS = {
         "num_key_value_heads": 2,
         "initializer_range": 0.3,
     },
+    "mpt": {"d_model": 24, "n_heads": 3, "n_layers": 2, "max_seq_len": 64, "initializer_range": 0.3},
     "t5": {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
 }
-DROPOUT = {"opt": ("dropout", "attention_dropout"), "llama": ("attention_dropout",), "t5": ("dropout_rate",)}
+DROPOUT = {
+    "opt": ("dropout", "attention_dropout"),
+    "llama": ("attention_dropout",),
+    "mpt": (),  # transformers wants a whole number there
+    "t5": ("dropout_rate",),
+}
 
 
 def recipe(kind="opt", dropout=0.0, vision=None, decoder=None, **settings) -> ModelConfig:
@@ -164,6 +170,6 @@ def tools():
     return Tools
 
 
-@pytest.fixture(params=["opt", "llama", "t5"])
+@pytest.fixture(params=["opt", "llama", "mpt", "t5"])
 def kind(request):
     return request.param

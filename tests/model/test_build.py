@@ -59,8 +59,8 @@ def test_impossible_recipes(tools, settings, message):
 def test_other_impossible_recipes(tools):
     with pytest.raises(ValueError, match="num_key_value_heads 3"):
         tools.build(tools.recipe("llama", decoder={"num_key_value_heads": 3}))
-    with pytest.raises(ValueError, match="'mpt' is unknown; choose one of opt, llama, t5"):
-        tools.build(ModelConfig(vision=VisionConfig(), decoder=DecoderConfig(kind="mpt")))
+    with pytest.raises(ValueError, match="'gpt' is unknown; choose one of opt, llama, mpt, t5"):
+        tools.build(ModelConfig(vision=VisionConfig(), decoder=DecoderConfig(kind="gpt")))
     with pytest.raises(ValueError, match="lora: pattern 'query_key_value' matches no linear layer; nearest: decoder"):
         tools.build(tools.recipe("opt", lora=tools.lora(targets=("query_key_value",))))
 
@@ -74,7 +74,7 @@ def test_freeze_then_train(tools):
 
 
 def test_lora_trains_adapters_and_what_is_named(tools, kind):
-    lora = tools.lora(targets=(r"\.(q_proj|v_proj|q|v)$",), r=2, alpha=4)
+    lora = tools.lora(targets=(r"\.(q_proj|v_proj|q|v|Wqkv)$",), r=2, alpha=4)
     model = tools.build(tools.recipe(kind, lora=lora, freeze=("^vision",), train=(r"decoder\..*(norm)",)))
     names = trainable(model)
     decoder = {n for n in names if n.startswith("decoder.")}
@@ -86,7 +86,7 @@ def test_lora_trains_adapters_and_what_is_named(tools, kind):
 
 def test_merged_lora_computes_the_same_with_plain_names(tools, kind, tmp_path):
     plain = tools.build(tools.recipe(kind))
-    model = tools.build(tools.recipe(kind, lora=tools.lora(targets=("q_proj|v_proj|[.]q$",)))).eval()
+    model = tools.build(tools.recipe(kind, lora=tools.lora(targets=("q_proj|v_proj|[.]q$|Wqkv",)))).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

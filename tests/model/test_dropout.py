@@ -103,7 +103,7 @@ def test_recomputation_draws_the_same_masks():
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_do_not_depend_on_the_split(tools, kind, recompute):
     """One batch of four rows, and two of two rows, with other padding, order and numbers of images."""
-    lora = tools.lora(targets=(r"\.(q_proj|q)$",), dropout=0.1)
+    lora = tools.lora(targets=(r"\.(q_proj|q|Wqkv)$",), dropout=0.1)
     config = tools.recipe(kind, dropout=0.1, lora=lora, train=("",), gradient_checkpointing=recompute)
     model = tools.build(config).double().train()
     for name, parameter in model.named_parameters():

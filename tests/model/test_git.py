@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.mpt.modeling_mpt import MptAttention, MptModel
 
 
 def plain_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -73,11 +74,15 @@ def pair(tools, kind):
     parts = [plain.vision.tower.config] + ([plain.decoder.config] if kind != "t5" else [])
     for config in parts:
         config._attn_implementation = "plain"
+    if kind == "mpt":  # its own attention, where True in a mask, as is -inf, means masked
+        plain.decoder.transformer.__class__ = MptModel
+        for block in plain.decoder.transformer.blocks:
+            block.attn.__class__ = MptAttention
     return ours, plain
 
 
-# RMSNorm and rotary embeddings of LLaMA and T5 round to fp32 inside, also in an fp64 model
-TOLERANCE = {"opt": 1e-11, "llama": 1e-5, "t5": 1e-5}
+# RMSNorm and rotary embeddings of LLaMA and T5, and MPT's own softmax, round to fp32 inside, also in an fp64 model
+TOLERANCE = {"opt": 1e-11, "llama": 1e-5, "mpt": 1e-5, "t5": 1e-5}
 
 
 def with_float32_weight(samples):
