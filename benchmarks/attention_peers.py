@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.attention_shapes import Shape
+from benchmarks.device import device
 from dsvlm.ops import GitMask, git_attention
-from dsvlm.ops.library import library
+from dsvlm.ops.git_kernel import has_kernel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 OURS, DENSE, EFFICIENT, TWO_CALL = "ours", "SDPA dense", "SDPA efficient", "two calls"
@@ -52,8 +53,8 @@ def dense_mask(shape: Shape, ids: Tensor, image: Tensor) -> Tensor:
 
 
 def ours(shape: Shape, mask: GitMask) -> Attend:
-    if not library():
-        raise Unavailable("the library is not built")
+    if not has_kernel(device().type):
+        raise Unavailable(f"the library is not built, or has no code for {device().type}")
     return lambda q, k, v: git_attention(q, k, v, mask, backend="kernel")
 
 
