@@ -1,66 +1,147 @@
-"""`dsvlm_git` in unmodified Hugging Face models that know nothing of a GitMask."""
+"""`dsvlm_git` in Hugging Face models that know nothing of a GitMask, and MPT by its override."""
 
 import copy
 
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from dsvlm.model.backbone.attention import NAME, register
+from dsvlm.model.backbone.mpt import use_git_attention
+from dsvlm.ops import GitMask
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
 
 
-@pytest.fixture(params=["opt", "llama"])
-def models(request):
+def build(kind):
     """The same weights with our attention and with eager attention."""
     register()
     register()
     torch.manual_seed(0)
-    if request.param == "opt":
-        model = OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=16))
-    else:
+    if kind == "opt":
+        sizes = {"ffn_dim": 32, "num_attention_heads": 2, "word_embed_proj_dim": 16, "dropout": 0.0}
+        model = OPTForCausalLM(OPTConfig(**SIZES, **sizes, init_std=0.3))
+    elif kind == "llama":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, **heads, intermediate_size=32))
-    model.eval().set_attn_implementation("eager")
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, **heads, intermediate_size=32, initializer_range=0.3))
+    else:
+        sizes = {"vocab_size": 50, "d_model": 24, "n_heads": 3, "n_layers": 2, "max_seq_len": 32}
+        model = MptForCausalLM(MptConfig(**sizes, initializer_range=0.3))
     ours = copy.deepcopy(model)
-    ours.set_attn_implementation(NAME)
-    return ours, model
+    if kind == "mpt":
+        use_git_attention(ours)
+    else:
+        model.set_attn_implementation("eager")
+        ours.set_attn_implementation(NAME)
+    return ours.eval(), model.eval()
+
+
+@pytest.fixture(params=["opt", "llama", "mpt"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def models(kind):
+    return build(kind)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("side", [None, "left", "right", "inner"])
 def test_plain_text_is_causal_and_padding_is_not_seen(models, side):
     ours, eager = models
     tokens = torch.randint(1, 50, (3, 7))
     mask = None
     if side:
         mask = torch.ones_like(tokens)
-        mask[1, :3] = 0
-        mask = mask if side == "left" else mask.flip(1)
+        mask[1, 2 * (side == "inner") :][:3] = 0
+        mask = mask if side != "right" else mask.flip(1)
     a, b = (m(tokens, attention_mask=mask).logits for m in (ours, eager))
     keep = torch.ones_like(tokens).bool() if mask is None else mask.bool()
     torch.testing.assert_close(a[keep], b[keep], rtol=1e-4, atol=1e-5)
 
 
-def test_generate_with_cache_equals_eager(models):
+@pytest.mark.parametrize("padded", [slice(0, 2), slice(2, 4)])
+def test_generate_with_cache_equals_eager(models, padded):
     ours, eager = models
     tokens, mask = torch.randint(1, 50, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
-    mask[0, :2] = 0
+    mask[0, padded] = 0
     a, b = (m.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (ours, eager))
     assert torch.equal(a, b)
 
 
-def test_silent_mistakes_are_errors(models):
-    ours, _ = models
-    tokens, mask = torch.randint(1, 50, (1, 6)), torch.tensor([[1, 1, 0, 1, 1, 1]])
-    with pytest.raises(ValueError, match="padding between real tokens"):
-        ours(tokens, attention_mask=mask)
-    with pytest.raises(ValueError, match="expected key intervals.*torch.bool"):
-        ours(tokens, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool), position_ids=torch.arange(6)[None])
+def packed_mask():
+    segments = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, -1], [0, 0, -1, 0, 0, 0, 0, -1, -1, -1]])
+    is_image = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]]).bool()
+    return GitMask.from_segments(segments, is_image)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dense", [None, torch.bool, torch.float64])
+def test_git_masks_give_the_logits_and_gradients_of_eager(models, kind, recompute, dense):
+    """Packed rows with inner padding, as intervals and as dense masks; padding loses nothing and adds nothing."""
+    ours, eager = (m.double().train() for m in models)
+    if recompute:
+        ours.activation_checkpointing_enable({"use_reentrant": False})
+    mask, tokens = packed_mask(), torch.randint(1, 50, (2, 10))
+    seen = mask.dense()
+    empty = ~mask.live[:, None, :, None]  # eager divides by 0 in rows of nothing
+    floats = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~(seen | empty), float("-inf"))
+    given = mask.as_hf() if dense is None else seen if dense == torch.bool else floats
+    theirs = ~(seen | empty) if kind == "mpt" else floats
+    live = mask.live.double()
+    losses = []
+    for model, attention_mask in ((ours, given), (eager, theirs)):
+        out = model(tokens, attention_mask=attention_mask, position_ids=mask.position_ids(), use_cache=False).logits
+        losses.append((out.square().mean(-1) * live).sum())
+        losses[-1].backward()
+    tolerance = 1e-6 if kind == "opt" else 1e-5  # eager softmax is fp32; norms and rotations of others, too
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+    for a, b in zip(ours.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_bool_rows_of_nothing_give_zero_and_dropout_works(models):
+    attention = AttentionInterface()[NAME]
+    q = torch.randn(2, 2, 5, 4)
+    seen = torch.ones(2, 1, 5, 5).bool().tril()
+    seen[1, :, 3] = False
+    out, _ = attention(None, q, q, q, seen)
+    assert (out[1, 3] == 0).all() and (out[0] != 0).all()
+    assert torch.equal(attention(None, q, q, q, seen, dropout=1.0)[0], torch.zeros_like(out))
+
+
+def test_silent_mistakes_are_errors():
+    ours, _ = build("opt")
+    tokens = torch.randint(1, 50, (1, 6))
+    with pytest.raises(ValueError, match=r"expected key intervals.*torch.bool \(1, 1, 6, 5\)"):
+        ours(tokens, attention_mask=torch.ones(1, 1, 6, 5, dtype=torch.bool), position_ids=torch.arange(6)[None])
     attention = AttentionInterface()[NAME]
     layer = next(m for m in ours.modules() if hasattr(m, "q_proj"))
     q = torch.randn(1, 2, 5, 4)
     with pytest.raises(ValueError, match="passed no mask for 5 queries"):
         attention(layer, q, q, q, None)
     assert attention(layer, q[:, :, :1], q, q, None)[0].shape == (1, 1, 2, 4)
+
+
+def test_windows_become_dense_masks():
+    """A sliding window is more than causal: transformers' own mask is used, not a wrong one."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    register()
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3, "intermediate_size": 32}
+    model = MistralForCausalLM(MistralConfig(**SIZES, **heads)).eval()
+    tokens, outs = torch.randint(1, 50, (1, 9)), []
+    for name in (NAME, "eager"):
+        model.set_attn_implementation(name)
+        outs.append(model(tokens).logits)
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
