@@ -23,7 +23,8 @@ from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
 from dsvlm.train.rundir import lock_run, open_run, prepare_run, run_decoder
-from dsvlm.train.window import WindowSums, run_window, target_weights
+from dsvlm.train.routing import layer_names, routing_row, share_experts
+from dsvlm.train.window import WindowSums, run_window, target_weights, teaching
 
 BAD_BEFORE_STOP = 10  # masked samples that a share above data.max_bad_share must amount to
 
@@ -41,6 +42,7 @@ class Run:
     metrics: Metrics
     stop: StopFlag
     state: RunState
+    layers: list[str]  # of experts
 
 
 def train(recipe: Recipe) -> int:
@@ -100,6 +102,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
         if planned.plan.control is not None:
             planned.plan.control.restore(state.controller)
         guard.together(load_weights, model, checkpoint)
+    guard.together(share_experts, model, recipe)
     engine = make_engine(model.to(device), recipe)
     ema = None
     if recipe.optim.ema:
@@ -112,7 +115,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     metrics = guard.together(
         Metrics, recipe.run_dir, rank, state.step, recipe.schedule.steps, recipe.train.log_every
     )
-    return Run(recipe, planned, guard, loader, engine, ema, metrics, stop, state)
+    return Run(recipe, planned, guard, loader, engine, ema, metrics, stop, state, layer_names(model))
 
 
 def start_record(planned: Planned) -> dict:
@@ -174,22 +177,22 @@ def train_step(run: Run) -> bool:
     clock.waited()
     plan_digest = digest(run.planned.identity, run.planned.plan.window(step))
     control = run.planned.plan.control
+    own = [task.weight for task in recipe.tasks.values()]
     counts, stopping = run.guard.enter_window(
         {"step": step, "plan": plan_digest, "controller": control and control.pack()},
-        window.counts if window else np.zeros(len(recipe.tasks), np.int64),
+        np.append(window.counts, teaching(window, own)) if window else np.zeros(len(recipe.tasks) + 2, np.int64),
         stop_requested(run.stop, recipe.run_dir),
         error,
     )
     if stopping:
         return True
+    counts, groups = np.split(counts, [len(recipe.tasks)])
     if not counts.sum():
         raise ValueError(f"step {step}: none of the window's samples has anything to predict; see journal.jsonl")
-    weights = target_weights(
-        counts, [task.weight for task in recipe.tasks.values()], head_indexes(recipe), recipe.schedule.normalise
-    )
+    weights = target_weights(counts, own, head_indexes(recipe), recipe.schedule.normalise)
     lr = set_lr(run.engine.optimizer, lr_factor(step, recipe.schedule.steps, recipe.optim))
     batches = clock.timed(run.loader.batches(window, weights))
-    sums = run_window(run.engine, batches, len(recipe.tasks), seed=recipe.seed, step=step)
+    sums = run_window(run.engine, batches, len(recipe.tasks), seed=recipe.seed, step=step, groups=groups.tolist())
     if run.ema is not None:
         run.ema.update(step)
     report(run, window, weights, sums, {"lr": lr, "digest": plan_digest}, clock)
@@ -200,9 +203,9 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
     """Adds up the window over ranks, writes its line and the journal; stops it above the rate of masked samples."""
     names = list(run.recipe.tasks)
     live = [draft for draft in window.drafts if not draft.reason]
-    mine = sums.numpy()
-    total = run.guard.sum(np.append(mine, clock.wait_share()))
-    nll, targets, right, tokens, used, slots = total[:-1].reshape(mine.shape)
+    mine, routing = sums.numpy(), np.zeros(0) if sums.routing is None else sums.routing.cpu().numpy()
+    total = run.guard.sum(np.concatenate((mine.ravel(), routing.ravel(), [clock.wait_share()])))
+    nll, targets, right, tokens, used, slots = total[: mine.size].reshape(mine.shape)
     events = run.loader.take_events()
     mine = [window_fingerprint(names, live), len(window.drafts) - len(live), len(window.drafts), len(events)]
     finger, bad, seen, befell = run.guard.sum(np.array(mine, np.uint64).view(np.int64)).view(np.uint64).tolist()
@@ -218,6 +221,7 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
         "task_useful_tokens": {n: used[i] / slots[i] for i, n in enumerate(names) if slots[i]},
         "tokens_per_s": tokens.sum() / seconds, "seconds": seconds, "data_wait": total[-1] / world_size,
         "digest": row["digest"], "fingerprint": f"{finger:016x}", **decide(run, window.step, nll, targets),
+        **routing_row(run.recipe.model.moe, run.layers, total[mine.size : -1].reshape(routing.shape)),
     })  # fmt: skip
     if bad or befell:
         entries = run.guard.gather(events + run.loader.journal(window))

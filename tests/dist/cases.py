@@ -14,7 +14,8 @@ from dsvlm.train.fragments import gather, trainable
 from dsvlm.train.guard import Guard
 from dsvlm.train.loop import create_optimizer_state
 from dsvlm.train.optim import lr_factor, set_lr
-from dsvlm.train.window import WindowSums, accumulate, target_weights
+from dsvlm.train.routing import share_experts
+from dsvlm.train.window import WindowSums, accumulate, target_weights, teaching
 from tests.dist.runs import train_until  # noqa: F401
 
 
@@ -30,21 +31,19 @@ class Tiny:
             self.model.double()
         size = recipe.model.vision.config["image_size"]
         self.loader = build.make_loader(self.planned, codec, size, dist.get_rank(), dist.get_world_size())
-
-    def batches(self, step: int):
-        """This rank's weighted batches of a window, with its counts summed over ranks."""
-        window = self.loader.window(step)
-        counts = torch.from_numpy(window.counts.copy())
-        dist.all_reduce(counts)
-        weights = [task.weight for task in self.recipe.tasks.values()]
-        weights = target_weights(
-            counts.numpy(), weights, build.head_indexes(self.recipe), self.recipe.schedule.normalise
-        )
-        return self.loader.batches(window, weights)
+        share_experts(self.model, recipe)
 
     def window(self, engine, step: int) -> WindowSums:
+        """This rank's share of a window, weighted by counts summed over ranks."""
+        window = self.loader.window(step)
+        own = [task.weight for task in self.recipe.tasks.values()]
+        counts = torch.from_numpy(np.append(window.counts, teaching(window, own)))
+        dist.all_reduce(counts)
+        counts, groups = np.split(counts.numpy(), [len(own)])
+        weights = target_weights(counts, own, build.head_indexes(self.recipe), self.recipe.schedule.normalise)
         sums = WindowSums(len(self.recipe.tasks), engine.device)
-        accumulate(engine, self.batches(step), sums, seed=self.recipe.seed, step=step)
+        batches = self.loader.batches(window, weights)
+        accumulate(engine, batches, sums, seed=self.recipe.seed, step=step, groups=groups.tolist())
         return sums
 
 

@@ -1,0 +1,66 @@
+"""Expert routing in a run: figures for its metrics, and the ranks that share the experts' work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsvlm.config import MoeConfig, Recipe
+
+if TYPE_CHECKING:
+    from dsvlm.model.git import GitVlm
+
+
+def layer_names(model: GitVlm) -> list[str]:
+    from dsvlm.model.moe_place import moe_layers
+
+    return [layer.name for layer in moe_layers(model)]
+
+
+def routing_row(config: MoeConfig | None, layers: list[str], figures: np.ndarray) -> dict:
+    """What metrics.jsonl says of routing, by "layer.modality"; nothing for a model without experts.
+
+    figures: [layers, 2, columns], as in `moe_losses.Told`, summed over the window. moe_success: share of choices that
+    got a row; moe_load: share of the choices that each expert was asked for; moe_busiest: its largest times the number
+    of experts, 1 = balanced; moe_entropy: of a group's mean softmax, moe_token_entropy: of a token's (nats, means over
+    groups); moe_loss: each loss without its weight.
+    """
+    if config is None:
+        return {}
+    from dsvlm.model.moe_losses import LOSSES, MODALITIES, SUMS
+
+    rows: dict[str, dict] = {name: {} for name in ("success", "load", "busiest", "entropy", "token_entropy", "loss")}
+    for layer, both in zip(layers, figures, strict=True):
+        for modality, row in zip(MODALITIES, both, strict=True):
+            if not row[0]:
+                continue
+            name, sums = f"{layer}.{modality}", dict(zip(SUMS, row, strict=False))
+            load, kept = row[len(SUMS) :].reshape(3, -1)[:2]
+            rows["success"][name] = kept.sum() / max(load.sum(), 1)
+            rows["load"][name] = (load / max(load.sum(), 1)).round(6).tolist()
+            rows["busiest"][name] = load.max() / max(load.mean(), 1e-9)
+            rows["entropy"][name] = sums["entropy"] / sums["groups"]
+            rows["token_entropy"][name] = sums["local_entropy"] / sums["groups"]
+            rows["loss"] |= {f"{name}.{loss}": sums[loss] / sums["groups"] for loss in LOSSES}
+    return {f"moe_{kind}": found for kind, found in rows.items()}
+
+
+def share_experts(model: GitVlm, recipe: Recipe) -> None:
+    """Lets all ranks share the experts' work, when the recipe says so; collective."""
+    if not recipe.train.expert_parallel:
+        return
+    import torch.distributed as dist
+
+    from dsvlm.model.moe import ALIGN
+    from dsvlm.model.moe_parallel import ExpertParallel
+    from dsvlm.model.moe_place import moe_layers
+    from dsvlm.ops import expert_capacity
+
+    moe, train, tokens = recipe.model.moe, recipe.train, model.vision.tokens
+    images = train.micro_tokens // tokens if train.micro_tokens else train.micro_batch
+    room = expert_capacity(tokens, moe.experts, moe.k, moe.capacity_factor)
+    rows = -(-(images + 1) * room // ALIGN) * ALIGN  # a stand-in may come to the images
+    parallel = ExpertParallel(dist.group.WORLD, moe.experts, rows)
+    for layer in moe_layers(model):
+        layer.parallel = parallel
