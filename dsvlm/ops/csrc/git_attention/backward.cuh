@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kKeyBlocks) backwa
   const int first_key = blockIdx.x * kRows, kv_head = blockIdx.y, batch = blockIdx.z, group = p.heads / p.kv_heads;
   const int own = 16 * warp_index(), lane = lane_index();
   __shared__ uint32_t live_keys[2];
-  mark_live(live_keys, first_key / 32, first_key / 32 + 2, p.key_rows(batch), p.keys);
+  mark_live(live_keys, first_key / 32, first_key / 32 + 2, p.key_rows(batch), first_key, p.keys);
   __syncthreads();
   const auto live_key = [&](int row) { return (live_keys[row / 32] >> (row % 32) & 1) != 0; };
   copy_tile<D, kRows>(k_tile, p.k.at<T>(batch, first_key, kv_head), p.k.position, live_key);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kKeyBlocks) backwa
             score += slope * float(key + lane / 4 + 8 * (e / 2) -
                                    p.position_of(walk.tile * N + 8 * n + lane % 4 * 2 + e % 2));
           if (visit == Visit::partial && !intervals[column + e % 2].sees(key + lane / 4 + 8 * (e / 2)))
-            score = -kInfinity;
+            score = -kInfinity, grad_weights[0][n][e] = 0;
           const float weight = device::fast_exp2(score);
           s[0][n][e] = weight;
           grad_weights[0][n][e] = weight * (grad_weights[0][n][e] - (e % 2 ? pair.w : pair.y));
@@ -178,12 +178,11 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kKeyBlocks) backwa
 template <class T, int D>
 cudaError_t start_backward(const Backward& p, cudaStream_t stream) {
   using Shape = BackwardShape<D>;
-  const auto blocks = [](int positions) { return (positions + Shape::kRows - 1) / Shape::kRows; };
-  const cudaError_t error = device::launch(backward_queries_kernel<T, D>, dim3(blocks(p.queries), p.heads, p.batch),
-                                           dim3(kThreads), Shape::query_bytes(p.keys), stream, p);
+  const cudaError_t error = start_blocks(backward_queries_kernel<T, D>, p.queries, Shape::kRows, p.heads,
+                                         Shape::query_bytes(p.keys), stream, p);
   if (error != cudaSuccess) return error;
-  return device::launch(backward_keys_kernel<T, D>, dim3(blocks(p.keys), p.kv_heads, p.batch), dim3(kThreads),
-                        Shape::key_bytes(p.queries), stream, p);
+  return start_blocks(backward_keys_kernel<T, D>, p.keys, Shape::kRows, p.kv_heads, Shape::key_bytes(p.queries),
+                      stream, p);
 }
 
 template <class T>

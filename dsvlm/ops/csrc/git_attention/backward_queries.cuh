@@ -27,7 +27,8 @@ struct BackwardShape {
 
 // delta[row] = sum of grad_out * out, two threads a row; grad_out's tile is in shared memory.
 template <int D, class T>
-__device__ __forceinline__ void row_products(float* delta, const T* grad_tile, const T* out, int64_t stride, bool live) {
+__device__ __forceinline__ void row_products(float* delta, const T* grad_tile, const T* out, int64_t stride,
+                                             bool live) {
   const int row = threadIdx.x / 2;
   float total = 0;
   if (live) {
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks) backward_
   device::copy_async_commit();
   const QueryTile block_rows = summarise(intervals, kRows), warp_rows = summarise(intervals + own, 16);
   const int begin = block_rows.first < block_rows.last ? block_rows.first / N * N : 0;
-  mark_live(live + begin / 32, begin / 32, (block_rows.last + N - 1) / N * N / 32, p.key_rows(batch), p.keys);
+  mark_live(live + begin / 32, begin / 32, (block_rows.last + N - 1) / N * N / 32, p.key_rows(batch), block_rows.first,
+            block_rows.last);
   const int summaries = Shape::summaries(p.queries), summary = tile * (kRows / kQueries) + warp_index();
   if (head == 0 && (batch == 0 || p.rows_batch != 0) && warp_index() < kRows / kQueries && summary < summaries)
     leave_summary<kQueries>(p.summaries + int64_t(batch) * summaries + summary, intervals + kQueries * warp_index());

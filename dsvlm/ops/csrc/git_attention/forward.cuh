@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads, ForwardShape<D, R>::kBlocks) forward
                       [&](int row) { return intervals[row].live(); });
   const QueryTile block_rows = summarise(intervals, kRows), warp_rows = summarise(intervals + own, 16 * R);
   const int begin = block_rows.first < block_rows.last ? block_rows.first / N * N : 0;
-  mark_live(live + begin / 32, begin / 32, (block_rows.last + N - 1) / N * N / 32, p.key_rows(batch), p.keys);
+  mark_live(live + begin / 32, begin / 32, (block_rows.last + N - 1) / N * N / 32, p.key_rows(batch), block_rows.first,
+            block_rows.last);
   __syncthreads();
 
   const T* k = p.k.at<T>(batch, 0, kv_head);
@@ -149,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, ForwardShape<D, R>::kBlocks) forward
 template <class T, int D, int R>
 cudaError_t start_forward(const Forward& p, cudaStream_t stream) {
   using Shape = ForwardShape<D, R>;
-  const dim3 grid((p.queries + Shape::kRows - 1) / Shape::kRows, p.heads, p.batch);
-  return device::launch(forward_kernel<T, D, R>, grid, dim3(kThreads), Shape::shared_bytes(p.keys), stream, p);
+  return start_blocks(forward_kernel<T, D, R>, p.queries, Shape::kRows, p.heads, Shape::shared_bytes(p.keys), stream,
+                      p);
 }
 
 // Tiles of 64 queries lose least at the mask's edges, tiles of 128 read keys and values half as often.

@@ -37,12 +37,13 @@ __device__ __forceinline__ QueryTile summarise(const Row* intervals, int count) 
   return tile;
 }
 
-// Words [begin, end) to `live`: bit i of word w says that key 32 w + i exists and is not padding. rows null: none is.
-__device__ __forceinline__ void mark_live(uint32_t* live, int begin, int end, const Row* rows, int keys) {
+// Words [begin, end) to `live`: bit i of word w says that key 32 w + i is one of [first, last) and not padding; none is
+// padding where rows is null.
+__device__ __forceinline__ void mark_live(uint32_t* live, int begin, int end, const Row* rows, int first, int last) {
 #pragma unroll 4
   for (int word = begin + warp_index(); word < end; word += kWarps) {
     const int key = 32 * word + lane_index();
-    const bool alive = key < keys && (rows == nullptr || load_row(rows + key).live());
+    const bool alive = key >= first && key < last && (rows == nullptr || load_row(rows + key).live());
     const uint32_t bits = __ballot_sync(kAllLanes, alive);
     if (lane_index() == 0) live[word - begin] = bits;
   }

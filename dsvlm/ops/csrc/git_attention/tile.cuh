@@ -22,7 +22,7 @@ constexpr int kPitch = D + 8;
 __device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 
-// Starts to copy kRows rows into shared memory, 16 bytes a thread at a time; rows that are not live become zeros unread.
+// Starts to copy kRows rows to shared memory, 16 bytes a thread at a time; rows that are not live become zeros unread.
 template <int D, int kRows, class T, class Live>
 __device__ __forceinline__ void copy_tile(T* shared, const T* global, int64_t stride, Live live) {
   constexpr int kChunks = D / 8, kStep = kThreads / kChunks;
@@ -126,6 +126,15 @@ __device__ __forceinline__ void store_rows(T* global, int64_t stride, int count,
       *reinterpret_cast<uint4*>(global + row * stride + column) = chunk;
     }
   }
+}
+
+// A block for each tile of `rows` positions, each head and each sample; nothing where there are none.
+template <class Work>
+cudaError_t start_blocks(void (*kernel)(Work), int positions, int rows, int heads, size_t shared_bytes,
+                         cudaStream_t stream, const Work& work) {
+  if (positions == 0 || heads == 0 || work.batch == 0) return cudaSuccess;
+  const dim3 grid(positions / rows + (positions % rows != 0), heads, work.batch);
+  return device::launch(kernel, grid, dim3(kThreads), shared_bytes, stream, work);
 }
 
 }  // namespace dsvlm::attention
