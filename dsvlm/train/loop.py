@@ -22,8 +22,8 @@ from dsvlm.train.lengths import lengths_record, make_run_lengths, open_lengths
 from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
-from dsvlm.train.rundir import lock_run, open_run, prepare_run, run_decoder
 from dsvlm.train.routing import layer_names, routing_row, share_experts
+from dsvlm.train.rundir import lock_run, open_run, prepare_run, run_decoder
 from dsvlm.train.window import WindowSums, run_window, target_weights, teaching
 
 BAD_BEFORE_STOP = 10  # masked samples that a share above data.max_bad_share must amount to
