@@ -206,6 +206,7 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
     mine, routing = sums.numpy(), np.zeros(0) if sums.routing is None else sums.routing.cpu().numpy()
     total = run.guard.sum(np.concatenate((mine.ravel(), routing.ravel(), [clock.wait_share()])))
     nll, targets, right, tokens, used, slots = total[: mine.size].reshape(mine.shape)
+    routing = total[mine.size : -1].reshape(routing.shape)
     events = run.loader.take_events()
     mine = [window_fingerprint(names, live), len(window.drafts) - len(live), len(window.drafts), len(events)]
     finger, bad, seen, befell = run.guard.sum(np.array(mine, np.uint64).view(np.int64)).view(np.uint64).tolist()
@@ -221,7 +222,7 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
         "task_useful_tokens": {n: used[i] / slots[i] for i, n in enumerate(names) if slots[i]},
         "tokens_per_s": tokens.sum() / seconds, "seconds": seconds, "data_wait": total[-1] / world_size,
         "digest": row["digest"], "fingerprint": f"{finger:016x}", **decide(run, window.step, nll, targets),
-        **routing_row(run.recipe.model.moe, run.layers, total[mine.size : -1].reshape(routing.shape)),
+        **routing_row(run.recipe.model.moe, run.layers, routing),
     })  # fmt: skip
     if bad or befell:
         entries = run.guard.gather(events + run.loader.journal(window))
