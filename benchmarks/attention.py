@@ -170,8 +170,9 @@ def against(what: str, value: float, unit: str, must: float, goal: float, note: 
 def choices(records: Iterable[dict], name: str) -> list[dict]:
     """Which backend `auto` takes on this device, by head size, packing and length: the fastest forward + backward.
 
-    Each entry: {"device", "head_size", "queries_up_to", "packed", "backend"}. Shapes between two edges decide together;
-    a backend that cannot run one of them, or whose result is wrong, is out.
+    Each entry: {"device", "head_size", "queries_up_to", "packed", "backend"}; where that is "two_call", which not every
+    batch can take, "otherwise" is the fastest of the rest. Shapes between two edges decide together; a backend that
+    cannot run one of them, or whose result is wrong, is out.
     """
     groups: dict[tuple, list[dict[str, float]]] = {}
     for record in records:
@@ -180,25 +181,33 @@ def choices(records: Iterable[dict], name: str) -> list[dict]:
             if (spent := time_of(record, peer, "both")) is not None and not record["peers"][peer].get("wrong")
         }  # fmt: skip
         edge = next((edge for edge in EDGES if record["length"] <= edge), None)
-        if edge is not None and times:
+        if edge is not None:
             groups.setdefault((record["head_size"], record["packed"], edge), []).append(times)
     entries = []
     for (head_size, packed, edge), group in sorted(groups.items()):
         able = [backend for backend in BACKENDS if all(backend in times for times in group)]
+        able.sort(key=lambda backend: sum(times[backend] / min(times.values()) for times in group))
         if able:
-            best = min(able, key=lambda backend: sum(times[backend] / min(times.values()) for times in group))
-            entry = {"device": name, "head_size": head_size, "queries_up_to": edge, "packed": packed, "backend": best}
+            entry = {"device": name, "head_size": head_size, "queries_up_to": edge, "packed": packed}
+            entry["backend"] = able[0]
+            if able[0] == "two_call" and len(able) > 1:
+                entry["otherwise"] = able[1]
             entries.append(entry)
     return entries
 
 
 def write_choices(path: Path, entries: list[dict]) -> None:
-    """Puts the entries of one device into the table; those of other devices stay."""
+    """Puts entries into the table: those about the same thing are replaced, others stay."""
+
+    def about(entry: dict) -> tuple:
+        return entry["device"], entry["head_size"], entry["packed"], entry["queries_up_to"]
+
     known = json.loads(path.read_text()) if path.exists() else []
-    mine = {entry["device"] for entry in entries}
-    whole = [entry for entry in known if entry["device"] not in mine] + entries
+    found = {about(entry): entry for entry in [*known, *entries]}
+    whole = [found[key] for key in sorted(found)]
     part = path.with_name(path.name + ".part")
-    part.write_text("[\n" + ",\n".join("  " + json.dumps(entry) for entry in whole) + "\n]\n")
+    lines = ",\n".join("  " + json.dumps(entry) for entry in whole)
+    part.write_text(f"[\n{lines}\n]\n" if whole else "[]\n")
     os.replace(part, path)
 
 

@@ -93,6 +93,7 @@ await() { # stages that were left running
 }
 
 while read -r name limit command; do
+    [ -n "$name" ] || continue
     beside=no
     [ "${name%&}" = "$name" ] || beside=yes
     name=${name%&}

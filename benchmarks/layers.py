@@ -127,15 +127,15 @@ class Window:
         self.inputs = [embed(each, table, place) for each, place in zip(shapes, self.positions, strict=True)]
 
     def run(self, layers: nn.ModuleList, attention: str) -> float:
-        """Forward and backward of everything: mean of squares over the tokens of samples."""
+        """Forward and backward of everything: mean square of what the layers add to the tokens of samples."""
         total, peer = 0.0, next(peer for peer in peers.PEERS if peer.name == attention)
         for each, layout, positions, x in zip(self.shapes, self.layouts, self.positions, self.inputs, strict=True):
             turn = angles(positions, each.head_size, x.dtype)
-            attend = peer.attend(each, peer.build(each, *layout))
+            attend, given = peer.attend(each, peer.build(each, *layout)), x
             for layer in layers:
                 x = layer(x, turn, attend)
             live = (layout[0] >= 0)[..., None]
-            loss = torch.where(live, x, 0).float().square().sum() / (self.tokens * x.shape[-1])
+            loss = torch.where(live, x - given, 0).float().square().sum() / (self.tokens * x.shape[-1])
             loss.backward()
             total = total + loss.detach()
         for parameter in layers.parameters():
