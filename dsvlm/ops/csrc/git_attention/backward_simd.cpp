@@ -31,41 +31,39 @@ struct BackwardScratch {
 constexpr double kLog2E = 1.4426950408889634;
 
 // lse in powers of two and the sum of grad_out * out of each query; 0 for padding, whose lse is -inf.
-template <class E, class T>
-void pack_statistics(const Attention& a, const Task& task, int64_t head, int64_t begin, int64_t end,
-                     const BackwardScratch<T>& scratch) {
+// `out_rows` is as packed as grad_out_rows.
+template <class T>
+void pack_statistics(const Attention& a, const Task& task, int64_t head, int64_t begin, int64_t end, int64_t lanes,
+                     const T* out_rows, const BackwardScratch<T>& scratch) {
   const int64_t pitch = pitch_of<T>(a.dim);
   const T* lse = static_cast<const T*>(a.lse) + (task.batch * a.heads + head) * a.queries;
-  for (int64_t i = 0; i < kTile<T>; ++i) {
-    scratch.lse[i] = scratch.delta[i] = 0;
-    if (begin + i >= end || !task.rows[begin + i].live()) continue;
-    const E* out = row_of<E>(a.out, task.batch, begin + i, head);
-    const T* grad = scratch.grad_out_rows + i * pitch;
+  for (int64_t i = 0; i < lanes; ++i) {
+    const T *out = out_rows + i * pitch, *grad = scratch.grad_out_rows + i * pitch;
     Vec<T> sums{};
-    int64_t d = 0;
-    for (; d + Simd<T>::kLanes <= a.dim; d += Simd<T>::kLanes)
-      for (int j = 0; j < Simd<T>::kLanes; ++j) sums[j] += widen(out[d + j]) * grad[d + j];
+    for (int64_t d = 0; d * Simd<T>::kLanes < a.dim; ++d) sums += at(out, d) * at(grad, d);
     T sum = 0;
-    for (; d < a.dim; ++d) sum += widen(out[d]) * grad[d];
     for (int j = 0; j < Simd<T>::kLanes; ++j) sum += sums[j];
     scratch.delta[i] = sum;
-    scratch.lse[i] = T(lse[begin + i] * kLog2E);
+    scratch.lse[i] = begin + i < end && task.rows[begin + i].live() ? T(lse[begin + i] * kLog2E) : T(0);
   }
 }
 
 template <class E, class T, int columns>
 void backward_tile(const Attention& a, const Task& task, int64_t head, int64_t begin, int64_t end,
                    const BackwardScratch<T>& scratch) {
-  const int64_t pitch = pitch_of<T>(a.dim), dims = round_up(a.dim, kRows), lanes_used = columns * Simd<T>::kLanes;
+  const int64_t pitch = pitch_of<T>(a.dim), dims = round_up(a.dim, kRows);
+  constexpr int64_t lanes_used = columns * Simd<T>::kLanes;
   const int64_t vectors = round_up(a.dim, Simd<T>::kLanes) / Simd<T>::kLanes;
   const Lanes<T, columns> lanes(a, task, begin, end);
   const auto live = [&](int64_t query) { return task.rows[query].live(); };
   const int64_t behind = begin + lanes_used - end;
-  pack_transposed<E>(a.q, task, head, begin, end, a.dim, T(a.scale * kLog2E), scratch.query);
-  pack_transposed<E>(a.grad_out, task, head, begin, end, a.dim, T(1), scratch.grad_out);
   pack_rows<E>(a.q, task, head, begin, end, behind, a.dim, live, scratch.query_rows);
   pack_rows<E>(a.grad_out, task, head, begin, end, behind, a.dim, live, scratch.grad_out_rows);
-  pack_statistics<E>(a, task, head, begin, end, scratch);
+  T* out_rows = scratch.query;  // not needed any more when that is filled
+  pack_rows<E>(a.out, task, head, begin, end, behind, a.dim, live, out_rows);
+  pack_statistics(a, task, head, begin, end, lanes_used, out_rows, scratch);
+  turn(scratch.query_rows, lanes_used, a.dim, T(a.scale * kLog2E), scratch.query);
+  turn(scratch.grad_out_rows, lanes_used, a.dim, T(1), scratch.grad_out);
   fill_zero(scratch.grad_query, dims * kTile<T>);
   const T slope = a.slopes ? T(a.slopes[head] * kLog2E) : T(0);
 
@@ -98,7 +96,7 @@ void backward_tile(const Attention& a, const Task& task, int64_t head, int64_t b
 
   alignas(kVectorBytes) T factor[kTile<T>];
   for (T& by : factor) by = T(a.scale);
-  unpack_transposed<E>(scratch.grad_query, factor, a.grad_q, task, head, begin, end, a.dim);
+  unpack_turned<E>(scratch.grad_query, factor, a.grad_q, task, head, begin, end, a.dim, scratch.query_rows);
 }
 
 // Gradients of all keys that the span owns; exactly 0 where nobody sees the key.
@@ -108,6 +106,7 @@ void unpack_keys(const Operand& x, const Attention& a, const Task& task, const T
   for (int64_t key = span.own_begin; key < span.own_end; ++key) {
     E* to = row_of<E>(x, task.batch, key, task.kv_head);
     const T* from = packed + (key - span.key_begin) * pitch_of<T>(a.dim);
+    if (key + kAhead < span.own_end) fetch(to + kAhead * x.row, a.dim, true);
     const bool inside = key >= span.key_begin && key < span.key_end && task.live[key];
     for (int64_t d = 0; d < a.dim; ++d) narrow(inside ? from[d] * factor : T(0), to[d]);
   }

@@ -130,7 +130,7 @@ Attention checked(const char* op, const Tensor& q, const Tensor& k, const Tensor
   check_shape(op, "v", v, {k.size(0), k.size(1), k.size(2), k.size(3)});
   check_shape(op, "rows", rows, {-1, q.size(1), 2});
   const int64_t heads = q.size(2), kv_heads = k.size(2);
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, op, ": q has ", heads, " heads, which is not a multiple of the ",
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, op, ": q has ", heads, " heads, expected a multiple of the ",
                   kv_heads, " of k");
   STD_TORCH_CHECK(rows.size(0) == 1 || rows.size(0) == q.size(0), op, ": rows is ", shape_of(rows),
                   ", expected 1 or ", q.size(0), " in its first dimension");
@@ -188,6 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   Tensor grad_q = torch::stable::new_empty(q, {q.size(0), a.queries, a.heads, a.dim});
   Tensor grad_k = torch::stable::new_empty(k, {q.size(0), a.keys, a.kv_heads, a.dim});
   Tensor grad_v = torch::stable::new_empty(v, {q.size(0), a.keys, a.kv_heads, a.dim});
+  if (a.queries == 0) torch::stable::zero_(grad_k), torch::stable::zero_(grad_v);  // there will be no task
   a.out = operand(out), a.grad_out = operand(grad), a.lse = statistics.data_ptr();
   a.grad_q = operand(grad_q), a.grad_k = operand(grad_k), a.grad_v = operand(grad_v);
   const Plan plan = make_plan(contiguous(rows), q.size(0), a, 0);

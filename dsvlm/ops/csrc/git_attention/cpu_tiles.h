@@ -76,6 +76,17 @@ inline void fill_zero(T* data, int64_t n) {
   for (int64_t i = 0; i < n; ++i) data[i] = 0;
 }
 
+constexpr int64_t kAhead = 4;  // rows; a row of another token is in another page, which no hardware fetches ahead
+
+template <class E>
+inline void fetch(const E* row, int64_t dim, bool write) {
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(E))
+    if (write)
+      __builtin_prefetch(row + d, 1);
+    else
+      __builtin_prefetch(row + d);
+}
+
 // Rows [begin, end) of one head, and kRows rows of zeros behind them: products take rows in steps of kRows.
 template <class E, class T, class Live>
 inline void pack_rows(const Operand& x, const Task& task, int64_t head, int64_t begin, int64_t end, int64_t behind,
@@ -87,31 +98,37 @@ inline void pack_rows(const Operand& x, const Task& task, int64_t head, int64_t 
       continue;
     }
     const E* from = row_of<E>(x, task.batch, row, head);
+    if (row + kAhead < end) fetch(from + kAhead * x.row, dim, false);
     for (int64_t d = 0; d < dim; ++d) packed[d] = widen(from[d]);
     fill_zero(packed + dim, pitch - dim);
   }
   fill_zero(packed, behind * pitch);
 }
 
-// One tile of queries: [query, dim] to [dim, query], times a factor.
-template <class E, class T>
-inline void pack_transposed(const Operand& x, const Task& task, int64_t head, int64_t begin, int64_t end, int64_t dim,
-                            T factor, T* packed) {
-  for (int64_t lane = 0; lane < kTile<T>; ++lane) {
-    const bool live = begin + lane < end && task.rows[begin + lane].live();
-    const E* from = live ? row_of<E>(x, task.batch, begin + lane, head) : nullptr;
-    for (int64_t d = 0; d < dim; ++d) packed[d * kTile<T> + lane] = live ? widen(from[d]) * factor : 0;
-  }
+// One tile of queries, packed: [lane, pitch] to [dim, lane], times a factor.
+template <class T>
+inline void turn(const T* rows, int64_t lanes, int64_t dim, T factor, T* turned) {
+  const int64_t pitch = pitch_of<T>(dim);
+  for (int64_t i = 0; i < lanes; i += Simd<T>::kLanes)
+    for (int64_t d = 0; d < dim; d += Simd<T>::kLanes)
+      transpose(rows + i * pitch + d, pitch, turned + d * kTile<T> + i, kTile<T>, factor);
 }
 
-// The way back: lane i of [dim, query] times factor[i], to the rows of a tensor.
+// The way back, by way of `rows`, to a tensor: lane i times factor[i]; 0 for padding.
 template <class E, class T>
-inline void unpack_transposed(const T* packed, const T* factor, const Operand& x, const Task& task, int64_t head,
-                              int64_t begin, int64_t end, int64_t dim) {
-  for (int64_t row = begin; row < end; ++row) {
-    E* to = row_of<E>(x, task.batch, row, head);
-    const T by = factor[row - begin];
-    for (int64_t d = 0; d < dim; ++d) narrow(task.rows[row].live() ? packed[d * kTile<T> + row - begin] * by : T(0), to[d]);
+inline void unpack_turned(const T* turned, const T* factor, const Operand& x, const Task& task, int64_t head,
+                          int64_t begin, int64_t end, int64_t dim, T* rows) {
+  const int64_t pitch = pitch_of<T>(dim);
+  for (int64_t i = 0; i < end - begin; i += Simd<T>::kLanes)
+    for (int64_t d = 0; d < dim; d += Simd<T>::kLanes)
+      transpose(turned + d * kTile<T> + i, kTile<T>, rows + i * pitch + d, pitch, T(1));
+  for (int64_t i = 0; begin + i < end; ++i) {
+    E* to = row_of<E>(x, task.batch, begin + i, head);
+    if (begin + i + kAhead < end) fetch(to + kAhead * x.row, dim, true);
+    if (task.rows[begin + i].live())
+      for (int64_t d = 0; d < dim; ++d) narrow(rows[i * pitch + d] * factor[i], to[d]);
+    else
+      for (int64_t d = 0; d < dim; ++d) narrow(T(0), to[d]);
   }
 }
 

@@ -72,7 +72,7 @@ inline const Vec<T>& at(const T* data, int64_t vector) {
 
 template <class T>
 inline Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // the subtraction of 0 is exact, and folded
 }
 
 // 2^x. Exactly 0 where the result would be below the normal numbers, so that none of them slows what follows;
@@ -88,6 +88,31 @@ inline Vec<T> exp2(Vec<T> x) {
 #pragma GCC unroll 16
   for (int i = S::kDegree - 1; i >= 0; --i) sum = sum * part + S::kExp2[i];
   return sum * (Vec<T>)(((Bits)shifted + S::kBias) << S::kMantissa);
+}
+
+// Turns a square of vectors: kLanes rows of `from` become columns, times a factor.
+template <class T>
+inline void transpose(const T* from, int64_t from_pitch, T* to, int64_t to_pitch, T factor) {
+  constexpr int lanes = Simd<T>::kLanes;
+  typename Simd<T>::Int low{}, high{};
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) low[i] = i / 2 + i % 2 * lanes, high[i] = low[i] + lanes / 2;
+  Vec<T> square[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) square[i] = at(from + i * from_pitch, 0) * factor;
+#pragma GCC unroll 4
+  for (int done = 1; done < lanes; done *= 2) {  // each round doubles what lies side by side
+    Vec<T> next[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(square[i], square[i + lanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(square[i], square[i + lanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) at(to + i * to_pitch, 0) = square[i];
 }
 
 // Where the first factor's element (m, k) lies: a[m * lda + k], or a[k * lda + m].

@@ -1,6 +1,4 @@
 // The forward pass of one task on the CPU: online softmax over blocks of keys, one tile of queries after the other.
-#include <cmath>
-
 #include "cpu.h"
 #include "cpu_tiles.h"
 
@@ -10,6 +8,7 @@ namespace {
 template <class T>
 struct ForwardScratch {
   T *keys, *values;  // [key, pitch]
+  T* query_rows;     // [lane, pitch]; the result's at the end
   T *query, *out;    // [dim, lane]
   T* score;          // [key of the block, lane]
   int64_t size;
@@ -19,6 +18,7 @@ struct ForwardScratch {
     const int64_t pitch = pitch_of<T>(a.dim);
     keys = carve.take((keys_of_span + kRows) * pitch);
     values = carve.take((keys_of_span + kRows) * pitch);
+    query_rows = carve.take(pitch * kTile<T>);
     query = carve.take(pitch * kTile<T>);
     out = carve.take(pitch * kTile<T>);
     score = carve.take((kBlock + kRows) * kTile<T>);
@@ -26,15 +26,21 @@ struct ForwardScratch {
   }
 };
 
+float log2_of(float x) { return __builtin_log2f(x); }
+double log2_of(double x) { return __builtin_log2(x); }
+
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <class E, class T, int columns>
 void forward_tile(const Attention& a, const Task& task, int64_t head, int64_t begin, int64_t end,
                   const ForwardScratch<T>& scratch) {
   constexpr T infinity = __builtin_inf();
+  constexpr int64_t lanes_used = columns * Simd<T>::kLanes;
   const int64_t pitch = pitch_of<T>(a.dim), dims = round_up(a.dim, kRows);
   const Lanes<T, columns> lanes(a, task, begin, end);
-  pack_transposed<E>(a.q, task, head, begin, end, a.dim, T(a.scale * kLog2E), scratch.query);
+  const auto live = [&](int64_t query) { return task.rows[query].live(); };
+  pack_rows<E>(a.q, task, head, begin, end, begin + lanes_used - end, a.dim, live, scratch.query_rows);
+  turn(scratch.query_rows, lanes_used, a.dim, T(a.scale * kLog2E), scratch.query);
   fill_zero(scratch.out, dims * kTile<T>);
   const T slope = a.slopes ? T(a.slopes[head] * kLog2E) : T(0);
   Vec<T> top[columns], sum[columns];
@@ -86,8 +92,8 @@ void forward_tile(const Attention& a, const Task& task, int64_t head, int64_t be
   }
   T* lse = static_cast<T*>(a.lse) + (task.batch * a.heads + head) * a.queries;
   for (int64_t i = 0; begin + i < end; ++i)
-    lse[begin + i] = total[i] == 0 ? -infinity : T((high[i] + std::log2(total[i])) * kLn2);
-  unpack_transposed<E>(scratch.out, inverse, a.out, task, head, begin, end, a.dim);
+    lse[begin + i] = total[i] == 0 ? -infinity : T((high[i] + log2_of(total[i])) * kLn2);
+  unpack_turned<E>(scratch.out, inverse, a.out, task, head, begin, end, a.dim, scratch.query_rows);
 }
 
 template <class E>

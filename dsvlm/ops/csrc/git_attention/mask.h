@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-// Always inlined: sources that are compiled once per instruction set must not leave copies for the linker to choose from.
+// Always inlined: sources compiled once per instruction set must not leave copies for the linker to choose from.
 #if defined(__CUDACC__)
 #define DSVLM_HOST_DEVICE __host__ __device__ __forceinline__
 #else
