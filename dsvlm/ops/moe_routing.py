@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsvlm.ops import moe_reference as reference
+from dsvlm.ops.moe_kernel import kernel_refuses
 
 BACKENDS = ("auto", "kernel", "torch")
 POLICIES = ("bpr", "position", "probs")
@@ -73,7 +74,7 @@ def moe_route(
     backend: "kernel" (compiled; no double backward), "torch" (reference), "auto". Nothing waits for the device.
     """
     limits = (capacity,) if isinstance(capacity, int) else tuple(capacity)
-    _check_route(logits, k, limits, policy, slot_order, align, num_modalities, load_sigma, backend)
+    _check_route(logits, k, limits, policy, slot_order, align, num_modalities, load_sigma)
     tokens, experts = logits.shape
     if pool is None and len(limits) > 1:
         if modality is None or num_modalities != len(limits):
@@ -97,7 +98,11 @@ def moe_route(
         if given is not None and given.shape != shape:
             raise ValueError(f"moe_route: {name} is {list(given.shape)}, expected {list(shape)} as logits say")
     noise = None if noise is None else noise.detach().to(wide)
-
+    if _served_by_kernel("moe_route", backend, logits):
+        modality, pool = (x if x is None else x.to(torch.uint8) for x in (modality, pool))
+        logits, *given = (x if x is None else x.contiguous() for x in (logits, noise, modality, valid, pool))
+        sizes = k, limits, max_rows, align, policy, slot_order, renormalize, num_modalities, load_sigma
+        return Routing(*torch.ops.dsvlm.moe_route(logits, *given, *sizes))
     said = reference.gate(
         logits, noise, modality, valid, k=k, renormalize=renormalize, num_modalities=num_modalities,
         load_sigma=load_sigma,
@@ -115,9 +120,10 @@ def moe_permute(x: Tensor, src: Tensor, slot: Tensor, *, backend: str = "auto") 
 
     x: [N, d]; src: [max_rows], slot: [N, K] of a `Routing`.
     """
-    _check_backend("moe_permute", backend)
     if x.dim() != 2 or slot.dim() != 2 or slot.shape[0] != x.shape[0]:
         raise ValueError(f"moe_permute: x {list(x.shape)}, slot {list(slot.shape)}; expected [N, d] and [N, K]")
+    if _served_by_kernel("moe_permute", backend, x):
+        return torch.ops.dsvlm.moe_permute(x.contiguous(), src, slot)
     return reference.permute(x, src, slot.shape[1])
 
 
@@ -126,12 +132,14 @@ def moe_combine(y: Tensor, weight: Tensor, slot: Tensor, src: Tensor, *, backend
 
     y: [max_rows, d]; weight: [N, K] fp32 (fp64), slot: [N, K], src: [max_rows] of a `Routing`. Empty rows may hold NaN.
     """
-    _check_backend("moe_combine", backend)
     if y.dim() != 2 or src.shape != y.shape[:1] or weight.shape != slot.shape:
         raise ValueError(
             f"moe_combine: y {list(y.shape)}, src {list(src.shape)}, weight {list(weight.shape)} and slot "
             f"{list(slot.shape)} do not fit; expected [max_rows, d], [max_rows], [N, K], [N, K]"
         )
+    weight = weight.to(torch.promote_types(y.dtype, torch.float32))
+    if _served_by_kernel("moe_combine", backend, y):
+        return torch.ops.dsvlm.moe_combine(y.contiguous(), weight.contiguous(), slot, src)
     return reference.combine(y, weight, slot)
 
 
@@ -144,9 +152,15 @@ def rows_bound(tokens: int, experts: int, k: int, capacity: int | Sequence[int],
     return min(of_capacity, of_tokens)
 
 
-def _check_backend(name: str, backend: str) -> None:
+def _served_by_kernel(name: str, backend: str, x: Tensor) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"{name}: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return False
+    problem = kernel_refuses(x)
+    if problem and backend == "kernel":
+        raise ValueError(f"{name}: backend 'kernel': {problem}")
+    return not problem
 
 
 def _check_route(
@@ -158,9 +172,7 @@ def _check_route(
     align: int,
     num_modalities: int,
     load_sigma: float,
-    backend: str,
 ) -> None:
-    _check_backend("moe_route", backend)
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"moe_route: logits are {list(logits.shape)} {logits.dtype}, expected [N, E] floating point")
     if not 1 <= k <= logits.shape[1]:

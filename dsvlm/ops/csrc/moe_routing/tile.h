@@ -1,0 +1,119 @@
+// A tile of tokens, one to a lane: what the forward and the backward of the gate begin and end with.
+// Included by *_simd.cpp only.
+#pragma once
+
+#include "moe_routing/lanes.h"
+
+namespace dsvlm::DSVLM_ISA::routing {
+
+template <class Real>
+struct Tile {
+  using V = typename Vectors<Real>::V;
+  using I = typename Vectors<Real>::I;
+  static constexpr int lanes = Vectors<Real>::lanes;
+
+  int64_t first;  // token of lane 0
+  int count;      // lanes that hold a token
+  bool all_live, uniform;
+  I live;         // -1 = a valid token, 0 = not
+  I kind;         // modality
+  int64_t kind_of_first;
+
+  Tile(const moe::Router& r, int64_t first, int64_t end)
+      : first(first), count(static_cast<int>(end - first < lanes ? end - first : lanes)) {
+    all_live = uniform = true;
+    kind_of_first = -1;
+    for (int lane = 0; lane < lanes; ++lane) {
+      const bool alive = lane < count && (!r.valid || r.valid[first + lane]);
+      const int64_t m = alive && r.modality ? r.modality[first + lane] : 0;
+      live[lane] = alive ? -1 : 0;
+      kind[lane] = m;
+      all_live = all_live && alive;
+      if (alive && kind_of_first < 0) kind_of_first = m;
+      uniform = uniform && (!alive || m == kind_of_first);
+    }
+    if (kind_of_first < 0) kind_of_first = 0;
+  }
+
+  // body(modality, mask) for each modality that the live lanes have.
+  template <class Body>
+  void for_each_kind(Body body) const {
+    if (uniform) return body(kind_of_first, live);
+    I left = live;
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (!left[lane]) continue;
+      const I mask = left & (kind == kind[lane]);
+      left &= ~mask;
+      body(static_cast<int64_t>(kind[lane]), mask);
+    }
+  }
+
+  // columns[e] = lane by lane the element e of each token's row; whatever stands in dead rows becomes 0.
+  template <class T>
+  void read(const T* matrix, int64_t tokens, int64_t experts, V* columns) const {
+    const T* const end = matrix + tokens * experts;
+    for (int64_t e = 0; e < experts; e += lanes) {
+      V rows[lanes];
+      for (int lane = 0; lane < lanes; ++lane) {
+        const T* from = matrix + (first + (lane < count ? lane : count - 1)) * experts + e;
+        T part[lanes] = {};
+        if (from + lanes > end) {  // elsewhere a short row may be read beyond its end, and what follows is dropped
+          for (int64_t i = 0; i < end - from; ++i) part[i] = from[i];
+          from = part;
+        }
+        rows[lane] = load(from);
+      }
+      transpose<lanes / 2, lanes>(rows);
+      const int64_t n = experts - e < lanes ? experts - e : lanes;
+      for (int64_t i = 0; i < n; ++i) columns[e + i] = all_live ? rows[i] : live ? rows[i] : V{};
+    }
+  }
+
+  template <class T>
+  void write(T* matrix, int64_t experts, const V* columns) const {
+    for (int64_t e = 0; e < experts; e += lanes) {
+      const int64_t n = experts - e < lanes ? experts - e : lanes;
+      V rows[lanes];
+      for (int64_t i = 0; i < lanes; ++i) rows[i] = i < n ? columns[e + i] : V{};
+      transpose<lanes / 2, lanes>(rows);
+      for (int lane = 0; lane < count; ++lane) {
+        T* const to = matrix + (first + lane) * experts + e;
+        if (n == lanes) {
+          store(to, rows[lane]);
+        } else {
+          T part[lanes];
+          store(part, rows[lane]);
+          for (int64_t i = 0; i < n; ++i) to[i] = part[i];
+        }
+      }
+    }
+  }
+
+  // Lane by lane the element of its own column.
+  static V gather(const V* columns, const int64_t (&column)[lanes]) {
+    V result{};
+    for (int lane = 0; lane < lanes; ++lane) result[lane] = reinterpret_cast<const Real*>(columns + column[lane])[lane];
+    return result;
+  }
+};
+
+// exp(x - top) in place of x; total: their sum, NaN for a bad row; product: sum of exp(x - top) * (x - top).
+template <class Real, class V>
+inline void exponentials(V* x, int64_t n, V top, V& total, V& product) {
+  total = product = V{};
+  for (int64_t e = 0; e < n; ++e) {
+    const V shifted = at_least_smallest<Real>(x[e] - top);
+    x[e] = exp_of(shifted);
+    total += x[e];
+    product += x[e] * shifted;
+  }
+}
+
+template <class V>
+inline V largest(const V* x, int64_t n) {
+  V top = x[0];
+  for (int64_t e = 1; e < n; ++e) top = x[e] > top ? x[e] : top;
+  return top;
+}
+
+}  // namespace dsvlm::DSVLM_ISA::routing
