@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsvlm.ops import moe_combine, moe_permute, moe_route
-from dsvlm.ops.library import library
+from dsvlm.ops.moe_kernel import has_kernel
 
 OURS, DEEPSPEED, TUTEL = "ours", "DeepSpeed top-1", "eager BPR, Tutel's way"
 SORTED, MEGATRON = "eager BPR, by sorting", "Megatron's unfused way"
@@ -60,8 +60,8 @@ def balance(probs_sum: Tensor, load: Tensor, case: Case) -> Tensor:
 
 
 def gate_ours(case: Case, logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-    if not library():
-        raise Unavailable("the library is not built")
+    if not has_kernel(logits.device.type):
+        raise Unavailable(f"the library is not built, or has no code for {logits.device.type}")
     found = moe_route(logits, k=case.k, capacity=case.capacity, backend="kernel")
     return found.weight, balance(found.prob_sum[0], found.load[:, 0], case), found
 
