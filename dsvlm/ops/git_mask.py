@@ -186,5 +186,6 @@ def _runs(ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     opens = live & ((before < 0) | (ids.gather(1, before.clamp(min=0)) != ids))
     start = torch.where(opens, position, 0).cummax(dim=1).values
     following = torch.where(opens, position, length).flip(1).cummin(dim=1).values.flip(1)
-    end = latest.gather(1, F.pad(following, (-1, 1), value=length) - 1).clamp(min=0) + 1
+    beyond = F.pad(following - length, (-1, 1)) + length  # by 0: torch.compile takes a pad value for constant
+    end = latest.gather(1, beyond - 1).clamp(min=0) + 1
     return start, end

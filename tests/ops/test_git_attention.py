@@ -4,10 +4,29 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsvlm.ops import GitMask, git_attention
+from dsvlm.ops.git_kernel import has_kernel
 
+needs_kernel = pytest.mark.skipif(not has_kernel("cpu"), reason="the compiled ops were not built")
+KERNEL = pytest.param("kernel", marks=needs_kernel)
 IMAGES, TEXTS, WIDTH = torch.tensor([3, 0, 4, 0]), torch.tensor([2, 5, 0, 0]), 7
+
+
+def masks():
+    """Layouts of 4 rows: compact, with unused image slots and text at the right, flush right, packed."""
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [0, 1, 2, 2, -1, 3, 3], [-1] * 7, [5, 5, 5, 5, 5, 6, 6]])
+    is_image = torch.tensor([[1, 1, 0, 1, 0, 0, 0], [0, 1, 1, 0, 0, 1, 1], [0] * 7, [1, 0, 0, 0, 0, 1, 0]]).bool()
+    few = torch.tensor([2, 0, 3, 0]), torch.tensor([2, 4, 0, 1])
+    return {
+        "compact": GitMask.from_lengths(IMAGES, TEXTS, WIDTH),
+        "slots": GitMask.from_lengths(*few, WIDTH, padding="left", image_slots=3),
+        "flush right": GitMask.from_lengths(*few, WIDTH, padding="left"),
+        "packed": GitMask.from_segments(segments, is_image),
+        "equal": GitMask.from_lengths(3, TEXTS.clamp(max=4), WIDTH),
+        "one row": GitMask.from_lengths(3, 2, WIDTH),
+    }
 
 
 def inputs(heads=4, kv_heads=2, size=8, width=WIDTH, seed=0):
@@ -32,14 +51,11 @@ def formula(q, k, v, allowed, scale, bias=None):
     return out
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "math", "auto"])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_backends_equal_the_formula_with_gradients(backend, kv_heads, scale):
-    mask = GitMask.from_lengths(IMAGES, TEXTS, WIDTH)
+def assert_equals_the_formula(mask, backend, kv_heads=2, scale=None, slopes=None):
     ours, plain = inputs(kv_heads=kv_heads), inputs(kv_heads=kv_heads)
-    out = git_attention(*ours, mask, scale=scale, backend=backend)
-    expected = formula(*plain, mask.dense()[:, 0].tolist(), scale or 1 / math.sqrt(8))
+    out = git_attention(*ours, mask, scale=scale, alibi_slopes=slopes, backend=backend)
+    allowed = mask.dense()[:, 0].expand(4, -1, -1).tolist()
+    expected = formula(*plain, allowed, scale or 1 / math.sqrt(8), slopes)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (out * weight).sum().backward()
@@ -48,19 +64,60 @@ def test_backends_equal_the_formula_with_gradients(backend, kv_heads, scale):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "math"])
-def test_padding_of_nan_reaches_nothing(backend):
-    mask = GitMask.from_lengths(IMAGES, TEXTS, WIDTH)
-    real = torch.arange(WIDTH) < (IMAGES + TEXTS)[:, None]
+@pytest.mark.parametrize("backend", [KERNEL, "sdpa", "math", "auto"])
+@pytest.mark.parametrize("layout", ["compact", "slots", "flush right", "packed", "equal", "one row"])
+def test_backends_equal_the_formula_with_gradients(backend, layout):
+    assert_equals_the_formula(masks()[layout], backend)
+
+
+@pytest.mark.parametrize("backend", [KERNEL, "sdpa", "math", "two_call"])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_groups_of_heads_and_scale(backend, kv_heads, scale):
+    assert_equals_the_formula(masks()["equal"], backend, kv_heads, scale)
+
+
+@pytest.mark.parametrize("images, texts", [(0, TEXTS), (7, 0), (3, 4), (3, 2)])
+def test_two_calls_equal_the_formula(images, texts):
+    assert_equals_the_formula(GitMask.from_lengths(images, texts, WIDTH), "two_call")
+
+
+@pytest.mark.parametrize("backend", [KERNEL, "math", "auto"])
+@pytest.mark.parametrize("layout", ["compact", "packed"])
+def test_alibi_is_relative_distance(backend, layout):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    assert_equals_the_formula(masks()[layout], backend, slopes=slopes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["compact", "slots", "packed", "one row"])
+@pytest.mark.parametrize("slopes", [None, torch.tensor([0.5, 0.25, 0.125, 0.0625])])
+def test_flex_equals_the_formula_forward(layout, slopes):
+    mask, x = masks()[layout], inputs()
+    out = git_attention(*x, mask, scale=0.3, alibi_slopes=slopes, backend="flex")
+    expected = formula(*x, mask.dense()[:, 0].expand(4, -1, -1).tolist(), 0.3, slopes)
+    torch.testing.assert_close(out, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", [KERNEL, "sdpa", "math", "two_call", "flex"])
+@pytest.mark.parametrize("layout", ["equal", "slots"])
+def test_padding_of_nan_reaches_nothing(backend, layout):
+    if layout == "slots" and backend == "two_call":
+        layout = "one row"
+    mask = masks()[layout]
+    real = mask.live.expand(4, -1)
     clean, poisoned = inputs(), inputs()
     for x in poisoned:
         x.data[~real] = float("nan")
-    outs = [git_attention(*x, mask, backend=backend) for x in (clean, poisoned)]
+    with torch.set_grad_enabled(backend != "flex"):
+        outs = [git_attention(*x, mask, backend=backend) for x in (clean, poisoned)]
     assert torch.equal(*outs)
     assert (outs[1][~real] == 0).all()
+    if backend == "flex":
+        return
     for x, out in zip((clean, poisoned), outs, strict=True):
         upstream = torch.ones_like(out)
-        upstream[~real] = 3.0
+        upstream[~real] = 3.0 if x is clean else float("nan") if backend == "kernel" else 5.0
         out.backward(upstream)
         assert all((a.grad[~real] == 0).all() for a in x)
     for a, b in zip(clean, poisoned, strict=True):
@@ -81,7 +138,7 @@ def test_text_never_influences_images_and_text_sees_images():
     assert changed.all(), "the last image token must reach the first image token and all text"
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("backend", [KERNEL, "sdpa", "math"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_packed_rows_equal_separate_rows(backend, kv_heads):
     """Outputs and gradients; text alone stands right before and right after images."""
@@ -104,14 +161,6 @@ def test_packed_rows_equal_separate_rows(backend, kv_heads):
             torch.testing.assert_close(found[:, part], wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_alibi_is_relative_distance():
-    mask = GitMask.from_lengths(IMAGES, TEXTS, WIDTH)
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.1], dtype=torch.float64)
-    q, k, v = inputs()
-    expected = formula(q, k, v, mask.dense()[:, 0].tolist(), 1 / math.sqrt(8), slopes)
-    torch.testing.assert_close(git_attention(q, k, v, mask, alibi_slopes=slopes), expected, rtol=1e-12, atol=1e-12)
-
-
 def test_dropout_drops_weights_with_the_given_rate():
     mask = GitMask.from_lengths(torch.tensor([64]), torch.tensor([0]), 64)
     q, k = torch.zeros(1, 64, 8, 4), torch.zeros(1, 64, 8, 4)
@@ -121,13 +170,52 @@ def test_dropout_drops_weights_with_the_given_rate():
     assert abs(out.mean().item() - 1) < 0.02 and out.std() > 0.01
 
 
-def test_half_precision_close_to_double():
+@pytest.mark.parametrize("backend", [KERNEL, "sdpa", "math"])
+def test_half_precision_close_to_double(backend):
     mask = GitMask.from_lengths(IMAGES, TEXTS, WIDTH)
     exact = git_attention(*inputs(), mask)
-    for backend in ("sdpa", "math"):
-        half = git_attention(*(x.bfloat16() for x in inputs()), mask, backend=backend)
-        assert half.dtype == torch.bfloat16
-        assert (half - exact).norm() < 1e-2 * exact.norm()
+    half = git_attention(*(x.bfloat16() for x in inputs()), mask, backend=backend)
+    assert half.dtype == torch.bfloat16
+    assert (half - exact).norm() < 1e-2 * exact.norm()
+
+
+@needs_kernel
+def test_kernel_gradcheck_and_no_second_derivative():
+    x = inputs(heads=2, kv_heads=1, size=3)
+    slopes = torch.tensor([0.5, 0.25])
+
+    def attend(q, k, v):
+        return git_attention(q, k, v, masks()["packed"], alibi_slopes=slopes, backend="kernel")
+
+    assert torch.autograd.gradcheck(attend, x, fast_mode=True)
+    first = torch.autograd.grad(attend(*x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].sum().backward()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made in the context has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in made)])
+        return out
+
+
+@pytest.mark.parametrize("backend, square", [KERNEL.values + (False,), ("auto", False), ("sdpa", True)])
+def test_the_kernel_makes_no_square(backend, square):
+    if not has_kernel("cpu") and not square:
+        pytest.skip("the compiled ops were not built")
+    segments = torch.arange(600).div(100, rounding_mode="floor")[None]
+    q = torch.randn(1, 600, 1, 8, requires_grad=True)
+    with Largest() as largest:
+        mask = GitMask.from_segments(segments, torch.zeros_like(segments).bool())
+        git_attention(q, q, q, mask, backend=backend).square().sum().backward()
+    assert (largest.elements >= 600 * 600) == square
+    assert square or largest.elements <= 600 * 8
 
 
 def test_refuses_what_it_cannot_do():
@@ -137,5 +225,29 @@ def test_refuses_what_it_cannot_do():
         git_attention(q, k, v, mask, backend="flash")
     with pytest.raises(ValueError, match="do not fit"):
         git_attention(q, k[:, :3], v[:, :3], mask)
-    with pytest.raises(ValueError, match="backend='math'"):
-        git_attention(q, k, v, mask, backend="sdpa", dropout=0.1)
+    with pytest.raises(ValueError, match="do not fit"):
+        git_attention(q, k, v, GitMask(mask.rows[:2], WIDTH))
+    for backend in ("kernel", "two_call", "flex", "sdpa"):
+        with pytest.raises(ValueError, match="backend='math'"):
+            git_attention(q, k, v, mask, backend=backend, dropout=0.1)
+    for backend in ("sdpa", "two_call"):
+        with pytest.raises(ValueError, match="has no ALiBi; use backend='kernel' or 'math'"):
+            git_attention(q, k, v, mask, backend=backend, alibi_slopes=torch.ones(4))
+    with pytest.raises(ValueError, match="'two_call' needs rows that begin with equally many image tokens"):
+        git_attention(q, k, v, mask, backend="two_call")
+    with pytest.raises(ValueError, match="'flex' has no gradients on the CPU"):
+        git_attention(q, k, v, mask, backend="flex")
+    with pytest.raises(ValueError, match="as many queries as keys, found 2 and 7"):
+        git_attention(q[:, :2], k, v, GitMask(mask.rows[:, :2], WIDTH), backend="flex")
+
+
+@needs_kernel
+def test_kernel_refuses_what_it_cannot_do():
+    mask = GitMask.from_lengths(IMAGES, TEXTS, WIDTH)
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="float32, float64, bfloat16 on cpu, found float16.*backend='sdpa'"):
+        git_attention(q.half(), k.half(), v.half(), mask, backend="kernel")
+    with pytest.raises(ValueError, match="found float64, float32, float64"):
+        git_attention(q, k.float(), v, mask, backend="kernel")
+    with pytest.raises(ValueError, match="alibi_slopes have no gradient; use backend='math'"):
+        git_attention(q, k, v, mask, backend="kernel", alibi_slopes=torch.ones(4, requires_grad=True))
