@@ -83,7 +83,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     recipe, rank, world_size = planned.recipe, dist.get_rank(), dist.get_world_size()
     # Before anything is written or shared: the ranks agree on what they are about to train, and how.
     guard.same(start_record(planned))
-    guard.first(prepare_run, planned)
+    guard.first(prepare_run, planned, world_size)
     codec, checkpoint = guard.together(open_run, planned)
     decoder = guard.together(run_decoder, planned)
     guard.same({

@@ -33,13 +33,14 @@ def lock_run(run_dir: Path):
     return lock
 
 
-def prepare_run(planned: Planned) -> None:
+def prepare_run(planned: Planned, ranks: int = 1) -> None:
     """Rank 0's first act: writes recipe, identity and tokenizer, or checks that the run that is there has the same.
 
-    Raises ValueError naming each field that differs.
+    ranks: of this start. Raises ValueError naming each field that differs.
     """
     run_dir = planned.recipe.run_dir
     check_same_run(planned)
+    check_same_ranks(planned.recipe, ranks)
     decoder = run_decoder(planned)
     if not (run_dir / "run.json").exists():
         make_tokenizer(planned).save(run_dir / "tokenizer")
@@ -47,6 +48,8 @@ def prepare_run(planned: Planned) -> None:
     write_file(run_dir / "recipe.yaml", yaml.safe_dump(planned.recipe.to_dict(), sort_keys=False).encode())
     # Last: a directory without run.json is one that was never started.
     record = identity_of(planned) | {"decoder": decoder}
+    if units_couple(planned.recipe):
+        record["ranks"] = ranks
     write_file(run_dir / "run.json", json.dumps(record, indent=1, sort_keys=True).encode())
 
 
@@ -75,6 +78,23 @@ def identity_of(planned: Planned) -> dict:
         "manifests": manifest_record(planned.manifests),
         "format": {"schedule": SCHEDULE_VERSION},
     }
+
+
+def units_couple(recipe: Recipe) -> bool:
+    """Whether samples of a unit compete for experts, so that the number of ranks, which cut units, is part of a run."""
+    return recipe.model.moe is not None and recipe.model.moe.group == "unit"
+
+
+def check_same_ranks(recipe: Recipe, ranks: int) -> None:
+    path = recipe.run_dir / "run.json"
+    if not units_couple(recipe) or not path.exists():
+        return
+    began = json.loads(path.read_text())["ranks"]
+    if began != ranks:
+        raise ValueError(
+            f"{recipe.run_dir}: began on {began} ranks, now {ranks}: with model.moe.group unit, images compete for "
+            f"experts with those that share their unit, which the number of ranks decides. Go on with {began} ranks"
+        )
 
 
 def check_same_run(planned: Planned) -> None:

@@ -93,6 +93,19 @@ def gradient(recipe, step: int = 0) -> dict[str, np.ndarray]:
         return total
 
 
+def loads(recipe, layer: int = 0) -> list[np.ndarray]:
+    """[E] choices of each expert in every micro-step of this rank's share of a window, in one layer, of images."""
+    from dsvlm.model.moe_losses import SUMS
+
+    tiny = Tiny(recipe, double=False)
+    tiny.model.train()
+    experts, seen = slice(len(SUMS), len(SUMS) + recipe.model.moe.experts), []
+    with engine_of(tiny) as engine:
+        engine.module.register_forward_hook(lambda _, args, out: seen.append(out["routing"][layer, 0, experts].numpy()))
+        tiny.window(engine, 0)
+    return seen
+
+
 def weights_after(recipe, steps: int, drop_dummy: bool = False) -> dict[str, np.ndarray]:
     """The fp32 weights after some updates, whole, from the engine's own reduced gradients."""
     tiny = Tiny(recipe, double=False)

@@ -1,7 +1,15 @@
-"""Experts keep the promise: number of ranks, ZeRO stage, micro-batch and shared work change nothing about a gradient."""
+"""Experts keep the promise: ranks, ZeRO stage, micro-batch and who computes which expert change nothing."""
+
+import json
+import math
 
 import numpy as np
 import pytest
+
+from dsvlm.config import load_recipe
+from dsvlm.export import GitVlm, export_run
+from dsvlm.train.build import make_tokenizer, plan_run
+from dsvlm.train.lengths import beside_shards, make_lengths
 from tests.dist.recipes import tiny
 from tests.dist.test_gradient import assert_equal
 
@@ -10,10 +18,13 @@ MOE = {
     "where": ["vision", "connector", "decoder"], "layers": "every 1", "experts": 4, "k": 2, "capacity_factor": 0.5,
     "noise": 1.0, "image": LOSSES, "text": LOSSES,
 }  # fmt: skip
+PACKED = {"train__micro_tokens": 96, "train__buckets": 3} | {f"tasks__{task}__pack": True for task in ("lines", "question", "locate", "match")}
+CLOCK = ("seconds", "tokens_per_s", "data_wait", "useful_tokens", "task_useful_tokens")
 
 
-def changes(train=(), **moe) -> dict:
-    return {"model__moe": MOE | moe, **{f"train__{name}": value for name, value in dict(train).items()}}
+def with_experts(root, zero=0, micro_batch=3, moe=(), **changes):
+    changes = {"train__zero": zero, "train__micro_batch": micro_batch} | changes
+    return tiny(root, model__moe=MOE | dict(moe), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +32,145 @@ def single(pools, data_root):
     """The gradient of one window on one rank without ZeRO: what all others must equal."""
     known = {}
 
-    def reference(**more):
-        key = repr(sorted(more.items()))
+    def reference(**moe):
+        key = repr(sorted(moe.items()))
         if key not in known:
-            known[key] = pools(1).run("gradient", recipe=tiny(data_root, **changes(), **more))[0]
+            known[key] = pools(1).run("gradient", recipe=with_experts(data_root, moe=moe))[0]
         return known[key]
 
     return reference
 
 
-@pytest.mark.parametrize("world_size, zero, micro_batch", [(1, 3, 2), (2, 0, 1), (2, 1, 64), (2, 2, 3), (2, 3, 3), (3, 3, 2), (3, 1, 3)])
-def test_gradient(pools, data_root, single, world_size, zero, micro_batch):
-    recipe = tiny(data_root, **changes({"zero": zero, "micro_batch": micro_batch}))
+@pytest.fixture(scope="module")
+def lengths(data_root):
+    """What packed rows are planned from, next to the shards."""
+    planned = plan_run(tiny(data_root, **PACKED))
+    made = make_lengths(planned, make_tokenizer(planned), beside_shards(planned))
+    yield
+    for path in made.values():
+        path.unlink()
+
+
+@pytest.mark.parametrize("world_size, zero, micro_batch, changes", [
+    (1, 3, 2, {}), (2, 0, 1, {}), (2, 1, 64, {}), (2, 2, 3, {}), (2, 3, 3, {"model__gradient_checkpointing": True}),
+    (3, 3, 2, {}), (3, 1, 3, {"schedule__rounds": "packed"}), (2, 3, 3, PACKED),
+])  # fmt: skip
+def test_gradient(pools, data_root, single, lengths, world_size, zero, micro_batch, changes):
+    recipe = with_experts(data_root, zero, micro_batch, **changes)
     for rank in pools(world_size).run("gradient", recipe=recipe):
         assert_equal(rank, single(), 1e-12)
+
+
+def test_losses_and_noise_have_a_part_in_the_gradient(single):
+    """What the test above compares."""
+    nothing = {"image": {"importance": 0.0}, "text": {"importance": 0.0}}
+    for other in (single(**nothing), single(noise=2.0), single(capacity_factor=2.0)):
+        assert all(np.abs(other[n] - single()[n]).max() > 1e-6 for n in other if "vision" in n and "router" in n)
+
+
+SHARED = {"where": ["vision", "connector"]}
+
+
+@pytest.mark.parametrize("world_size, zero, micro_batch", [(2, 0, 3), (2, 2, 1), (2, 1, 64)])
+def test_shared_work(pools, data_root, single, world_size, zero, micro_batch):
+    """Expert parallelism: rows travel to the rank that computes their expert, and the gradient is the same."""
+    recipe = with_experts(data_root, zero, micro_batch, SHARED, train__expert_parallel=True)
+    for rank in pools(world_size).run("gradient", recipe=recipe):
+        assert_equal(rank, single(**SHARED), 1e-12)
+
+
+def test_experts_that_cannot_be_dealt(pools, data_root):
+    recipe = with_experts(data_root, 0, 3, SHARED | {"experts": 5}, train__expert_parallel=True)
+    with pytest.raises(AssertionError, match="5 experts .* cannot be dealt to 2 ranks"):
+        pools(2).run("gradient", recipe=recipe)
+
+
+ONE_CHOICE, ALONE = {"capacity_factor": 0.3, "k": 1}, {"schedule__rounds": "packed"}
+
+
+@pytest.fixture(scope="module")
+def alone(pools, data_root):
+    """Weights after updates on one rank."""
+    return pools(1).run("weights_after", recipe=with_experts(data_root, 0, 1, ONE_CHOICE, **ALONE), steps=3)[0]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_rank_that_routes_nothing_to_an_expert(pools, data_root, alone, zero):
+    """Rounds of a rank with an image and one without, and of two that choose other experts."""
+    first, second = pools(2).run("loads", recipe=with_experts(data_root, zero, 1, ONE_CHOICE, **ALONE))
+    assert any(ours.any() != theirs.any() for ours, theirs in zip(first, second, strict=True))
+    assert any(((ours > 0) & (theirs == 0)).any() for ours, theirs in zip(first, second, strict=True) if theirs.any())
+    found = pools(2).run("weights_after", recipe=with_experts(data_root, zero, 1, ONE_CHOICE, **ALONE), steps=3)
+    for rank in found:
+        assert max(float(np.abs(rank[name] - alone[name]).max()) for name in alone) < 2e-5
+
+
+def rows(recipe) -> list[dict]:
+    lines = (recipe.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def short(data_root, tmp_path_factory):
+    """`short(name, zero)`: the shipped recipe on few scenes, in a directory of that name."""
+    root = tmp_path_factory.mktemp("git-moe-tiny")
+
+    def named(name, zero=3, **changes):
+        return load_recipe("git-moe-tiny", [
+            f"data.root={data_root}", f"output={root / name}", f"train.zero={zero}", "schedule.steps=6",
+            "optim.warmup=1", "train.log_every=1", "train.micro_batch=4", "model.vision.config.hidden_size=16",
+            "model.vision.config.intermediate_size=16", "model.vision.config.num_attention_heads=2",
+            "model.decoder.config={hidden_size: 16, word_embed_proj_dim: 16, ffn_dim: 16, num_hidden_layers: 1, "
+            "num_attention_heads: 2, max_position_embeddings: 96}",
+            "tasks={question: {type: vqa, shards: train/question, samples: 8}, "
+            "locate: {type: locate, shards: train/locate, samples: 5}}",
+            *(f"{path}={value}" for path, value in changes.items()),
+        ])  # fmt: skip
+
+    return named
+
+
+@pytest.fixture(scope="module")
+def straight(pools, short):
+    assert pools(2).run("train_until", recipe=short("straight"), stop=6) == [0, 0]
+    return rows(short("straight"))
+
+
+def test_the_recipe_tells_of_its_routing(straight):
+    for row in straight:
+        assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
+        assert 0.5 < row["moe_success"]["vision0.image"] <= 1
+        load = row["moe_load"]["vision0.image"]
+        assert len(load) == 4 and abs(sum(load) - 1) < 1e-4
+        assert 1 <= row["moe_busiest"]["vision0.image"] <= 4
+        assert 0 < row["moe_entropy"]["vision0.image"] <= math.log(4) + 1e-6
+        assert row["moe_loss"]["vision0.image.load"] > 0
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_interrupted_and_gone_on_with(pools, short, straight, zero):
+    """Bit for bit with the same stage; with another one up to rounding, which no token's choice of experts hangs on."""
+    recipe = short(f"zero{zero}", zero)
+    assert pools(2).run("train_until", recipe=recipe, stop=3) == [0, 0]
+    assert pools(2).run("train_until", recipe=recipe, stop=6) == [3, 3]
+    if zero == 3:
+        assert rows(recipe) == straight
+    np.testing.assert_allclose([r["loss"] for r in rows(recipe)], [r["loss"] for r in straight], rtol=1e-4)
+    assert [r["fingerprint"] for r in rows(recipe)] == [r["fingerprint"] for r in straight]
+
+
+def test_an_exported_run_holds_its_experts(straight, short, tmp_path):
+    model = GitVlm.from_pretrained(export_run(short("straight").run_dir, tmp_path / "out"))
+    assert model.vision.tower.encoder.layers[0].mlp.experts.inner.shape == (4, 16, 16)
+
+
+def test_units_that_compete_are_part_of_the_run(pools, short):
+    """Identity: micro-batch and ranks; other runs may change both."""
+    unit = {"model.moe.group": "unit"}
+    recipe = short("unit", **unit)
+    assert pools(2).run("train_until", recipe=recipe, stop=1) == [0, 0]
+    with pytest.raises(AssertionError, match="began on 2 ranks, now 1"):
+        pools(1).run("train_until", recipe=recipe, stop=2)
+    with pytest.raises(AssertionError, match="train.micro_batch: was 4, now 5"):
+        pools(2).run("train_until", recipe=short("unit", **unit, **{"train.micro_batch": 5}), stop=2)
+    assert short("a").identity() == short("a", **{"train.micro_batch": 5}).identity()
