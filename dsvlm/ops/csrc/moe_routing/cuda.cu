@@ -121,6 +121,8 @@ Routed moe_route(const Tensor& logits, const MaybeTensor& noise, const MaybeTens
   route.by_priority = chosen<bool>(op, "slot_order", slot_order, {{"token", false}, {"priority", true}});
   route.pools = static_cast<int>(pools), route.align = static_cast<int>(align);
   route.max_rows = static_cast<int>(max_rows);
+  STD_TORCH_CHECK(sums_fit(route), op, ": the sums of ", num_modalities, " modalities and ", experts,
+                  " experts do not fit into the memory of a block; use fewer modalities, or backend='torch'");
   for (int64_t i = 0; i < pools; ++i) route.capacity[i] = static_cast<int>(std::min<int64_t>(capacity[i], INT32_MAX));
 
   const DeviceGuard guard(logits.get_device_index());

@@ -78,9 +78,10 @@ __global__ void __launch_bounds__(kGateThreads, R::kValues > 8 ? 1 : 3) gate_for
   DSVLM_DYNAMIC_SHARED(shared);
   const Logits& logits = r.logits;
   const int columns = r.columns(), groups = int(blockDim.x) / R::kLanes, segments = r.segments();
-  float* const all_sums = reinterpret_cast<float*>(shared);
+  float* const all_sums = reinterpret_cast<float*>(shared);                 // [groups, columns], columns in fours
   int* const counts = reinterpret_cast<int*>(all_sums + groups * columns);  // [segments + 1]
-  for (int i = threadIdx.x; i < groups * columns; i += blockDim.x) all_sums[i] = 0;
+  for (int i = threadIdx.x; i < groups * columns / 4; i += blockDim.x)
+    reinterpret_cast<float4*>(all_sums)[i] = make_float4(0, 0, 0, 0);
   for (int i = threadIdx.x; i <= segments; i += blockDim.x) counts[i] = 0;
   __syncthreads();
 
@@ -169,6 +170,7 @@ __global__ void __launch_bounds__(kGateThreads, R::kValues > 8 ? 1 : 3) gate_for
 
   for (int column = threadIdx.x; column < columns; column += blockDim.x) {
     float sum = 0;
+#pragma unroll 8
     for (int i = 0; i < groups; ++i) sum += all_sums[i * columns + column];
     r.sums[int64_t(blockIdx.x) * columns + column] = sum;
   }
@@ -189,6 +191,13 @@ inline int gate_threads(const Route& route, int lanes, size_t& shared_bytes) {
     if (shared_bytes <= (threads > 32 ? kGateShared : most)) return threads;
   }
   return 0;
+}
+
+inline bool sums_fit(const Route& route) {
+  return with_row(route.logits.experts, [&](auto row) {
+    size_t bytes = 0;
+    return gate_threads(route, decltype(row)::kLanes, bytes) > 0;
+  });
 }
 
 inline cudaError_t launch_gate(const Route& route, cudaStream_t stream) {

@@ -9,7 +9,7 @@
 
 namespace dsvlm::moe::cuda {
 
-constexpr int kTokensPerBlock = 128;  // of the gate; below 256, so that a block's counts fit in bytes
+constexpr int kTokensPerBlock = 64;  // of the gate; below 256, so that a block's counts fit in bytes
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxPools = 256;
 constexpr int kMaxSegments = 8192;  // experts * pools
@@ -206,6 +206,7 @@ auto with_row(int experts, Run run) {
   if (experts <= 32) return run(Row<8, 1>{});
   if (experts <= 64) return run(Row<8, 2>{});
   if (experts <= 128) return run(Row<16, 2>{});
+  if (experts <= 256) return run(Row<32, 2>{});
   return run(Row<32, 8>{});
 }
 

@@ -26,36 +26,38 @@ struct SelectShared {
   int wanted, found;
 };
 
-// Exclusive sum over the threads of the block.
+// Exclusive sum over the threads of the block, and the sum of all. Before the next call there must be a barrier.
 template <class T>
-__device__ T block_scan(T value, unsigned long long* warp_totals) {
+__device__ __forceinline__ T block_scan(T value, unsigned long long* warp_totals, T& total) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  T sum = value;
+  const auto scan = [lane](T sum) {
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const T other = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane >= step) sum += other;
-  }
+    for (int step = 1; step < 32; step *= 2) {
+      const T other = __shfl_up_sync(kAllLanes, sum, step);
+      if (lane >= step) sum += other;
+    }
+    return sum;
+  };
+  const T sum = scan(value);
   if (lane == 31) warp_totals[warp] = (unsigned long long)sum;
   __syncthreads();
-  T before = lane < warp ? T(warp_totals[lane]) : T(0);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(kAllLanes, before, step);
-  __syncthreads();
-  return before + sum - value;
+  const T warps = scan(T(warp_totals[lane]));
+  const T before = __shfl_sync(kAllLanes, warps, (warp + 31) % 32);
+  total = __shfl_sync(kAllLanes, warps, 31);
+  return (warp > 0 ? before : T(0)) + sum - value;
 }
 
 // Sum of a row of counts, by eight lanes; `active` is one truth for all eight.
 __device__ __forceinline__ int count_row(const Route& r, int row, bool active) {
   const int lane = int(threadIdx.x) % 8;
   const uint4* const counts = reinterpret_cast<const uint4*>(r.counts + int64_t(row) * r.stride());
-  uint32_t pairs = 0;  // two sums of 16 bits
+  const auto add = [](uint32_t four) { return (four & 0x00ff00ffu) + (four >> 8 & 0x00ff00ffu); };
   int sum = 0;
   if (active)
+#pragma unroll 4
     for (int i = lane; i < r.stride() / 16; i += 8) {
       const uint4 bytes = counts[i];
-      const auto add = [](uint32_t four) { return (four & 0x00ff00ffu) + (four >> 8 & 0x00ff00ffu); };
-      pairs = add(bytes.x) + add(bytes.y) + add(bytes.z) + add(bytes.w);
+      const uint32_t pairs = add(bytes.x) + add(bytes.y) + add(bytes.z) + add(bytes.w);  // two sums of 16 bits
       sum += int(pairs & 0xffff) + int(pairs >> 16);
     }
 #pragma unroll
@@ -83,29 +85,41 @@ __device__ __forceinline__ void place_segment(const Route& r, SelectShared& s, i
   __syncthreads();
   const int e = threadIdx.x;
   const unsigned long long rows = e < experts ? s.experts.rows[e] : 0, load = e < experts ? s.experts.load[e] : 0;
-  const unsigned long long before = block_scan(rows << 32 | load, s.warp_totals);
+  unsigned long long total;
+  const unsigned long long before = block_scan(rows << 32 | load, s.warp_totals, total);
   const int row = int(before >> 32);
+  if (threadIdx.x == 0) s.last_row = int(total >> 32);
   if (e == expert) {
     s.first_row = row + s.kept_before;
     s.end_row = row + int(rows);
     s.first_asking = int(before & 0xffffffffu) + s.load_before;
   }
-  if (e == experts - 1) s.last_row = row + int(rows);
   __syncthreads();
 }
 
-// Which of the 32 choices that start at `first` ask for `segment`, as bits.
-__device__ __forceinline__ uint32_t matches(const Route& r, int64_t first, int64_t choices, uint32_t segment) {
+// The segments of the 32 choices that start at `first`, 16 bits each.
+struct Ids {
+  uint4 eight[kIdsPerThread / 8];
+};
+
+__device__ __forceinline__ Ids load_ids(const Route& r, int64_t first, int64_t choices) {
+  Ids ids{};
+#pragma unroll
+  for (int i = 0; i < kIdsPerThread / 8; ++i)  // the array is padded to 16 bytes
+    if (first + 8 * i < choices) ids.eight[i] = *reinterpret_cast<const uint4*>(r.segment + first + 8 * i);
+  return ids;
+}
+
+// Which of them ask for `segment`, as bits.
+__device__ __forceinline__ uint32_t matches(const Ids& ids, int64_t first, int64_t choices, uint32_t segment) {
   uint32_t mask = 0;
 #pragma unroll
-  for (int i = 0; i < kIdsPerThread; i += 8) {
-    if (first + i >= choices) break;
-    const uint4 ids = *reinterpret_cast<const uint4*>(r.segment + first + i);  // the end is padded to 16 bytes
-    const uint32_t words[4] = {ids.x, ids.y, ids.z, ids.w};
+  for (int i = 0; i < kIdsPerThread / 8; ++i) {
+    const uint32_t words[4] = {ids.eight[i].x, ids.eight[i].y, ids.eight[i].z, ids.eight[i].w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      mask |= uint32_t((words[j] & 0xffffu) == segment) << (i + 2 * j);
-      mask |= uint32_t(words[j] >> 16 == segment) << (i + 2 * j + 1);
+      mask |= uint32_t((words[j] & 0xffffu) == segment) << (8 * i + 2 * j);
+      mask |= uint32_t(words[j] >> 16 == segment) << (8 * i + 2 * j + 1);
     }
   }
   const int64_t left = choices - first;
@@ -131,7 +145,8 @@ __device__ __forceinline__ int find_threshold(SelectShared& s, const unsigned lo
     }
     __syncthreads();
     const int first = 2 * int(threadIdx.x), low = s.bins[first], high = s.bins[first + 1];
-    const int before = block_scan(low + high, s.warp_totals);
+    int total;
+    const int before = block_scan(low + high, s.warp_totals, total);
     if (before < wanted && wanted <= before + low + high) {
       const bool second = before + low < wanted;
       s.digit = first + second;
@@ -162,7 +177,8 @@ __device__ __forceinline__ void keep_first(const Route& r, SelectShared& s, cons
     const uint32_t key = uint32_t(asking[i] >> 32) >> shift;
     counts += (unsigned long long)(key < threshold) << 32 | (unsigned long long)(key == threshold);
   }
-  const unsigned long long before = block_scan(counts, s.warp_totals);
+  unsigned long long total;
+  const unsigned long long before = block_scan(counts, s.warp_totals, total);
   int below = int(before >> 32), equal = int(before & 0xffffffffu);
   for (int i = begin; i < end; ++i) {
     const uint32_t key = uint32_t(asking[i] >> 32) >> shift;
@@ -190,13 +206,11 @@ __device__ __forceinline__ void sort(unsigned long long* values, int count) {
     }
 }
 
-// A warp per column: the gate's sums by block in a fixed order.
-__device__ __forceinline__ void add_up(const Route& r, int block) {
+// The gate's sums by block in a fixed order, by one warp; column number `columns` is the count of bad rows.
+__device__ __forceinline__ void add_up(const Route& r, int column) {
   const Logits& logits = r.logits;
   const int lane = int(threadIdx.x) % 32, columns = r.columns(), width = r.padded_experts();
-  const int column = block * kSelectWarps + int(threadIdx.x) / 32;
-  if (column > columns) return;
-  if (column == columns) {  // bad rows
+  if (column == columns) {
     int bad = 0;
     for (int i = lane; i < r.blocks(); i += 32) bad += r.counts[int64_t(r.segments()) * r.stride() + i];
 #pragma unroll
@@ -205,6 +219,7 @@ __device__ __forceinline__ void add_up(const Route& r, int block) {
     return;
   }
   float sum = 0;
+#pragma unroll 8
   for (int i = lane; i < r.blocks(); i += 32) sum += r.sums[int64_t(i) * columns + column];
   sum = group_sum<32>(sum);
   if (lane != 0) return;
@@ -217,24 +232,29 @@ __device__ __forceinline__ void add_up(const Route& r, int block) {
   }
 }
 
-__global__ void __launch_bounds__(kSelectThreads) select(const Route r) {
+__global__ void __launch_bounds__(kSelectThreads, 1) select(const Route r) {
   __shared__ SelectShared s;
   const int segment = int(blockIdx.x);
-  if (segment >= r.segments()) return add_up(r, segment - r.segments());
+  if (segment >= r.segments()) {
+    const int warps = int(gridDim.x - r.segments()) * kSelectWarps;
+    for (int i = (segment - r.segments()) * kSelectWarps + int(threadIdx.x) / 32; i <= r.columns(); i += warps)
+      add_up(r, i);
+    return;
+  }
   const int expert = segment / r.pools, pool = segment % r.pools;
+  const int64_t choices = int64_t(r.logits.tokens) * r.logits.k;
+  int64_t first = int64_t(threadIdx.x) * kIdsPerThread;
+  Ids ids = load_ids(r, first, choices);  // on their way while the segment's place is found
   place_segment(r, s, expert, pool);
 
   // choices that ask for the segment, in their order: all kept ones get their row at once, others go to a list
   const int load = s.own_load, kept = s.own_kept;
   const bool at_once = !r.by_priority && kept == load;
   unsigned long long* const asking = load <= kSharedAsking ? s.asking : r.asking + s.first_asking;
-  const int64_t choices = int64_t(r.logits.tokens) * r.logits.k;
-  int found = 0;
-  for (int64_t tile = 0; tile < choices && found < load; tile += kSelectThreads * kIdsPerThread) {
-    const int64_t first = tile + int64_t(threadIdx.x) * kIdsPerThread;
-    uint32_t mask = matches(r, first, choices, uint32_t(segment));
-    const int count = __popc(mask), before = block_scan(count, s.warp_totals);
-    if (threadIdx.x == kSelectThreads - 1) s.found = before + count;
+  for (int found = 0; found < load;) {
+    int count;
+    uint32_t mask = matches(ids, first, choices, uint32_t(segment));
+    const int before = block_scan(__popc(mask), s.warp_totals, count);
     for (int place = found + before; mask; mask &= mask - 1, ++place) {
       const int choice = int(first) + __ffs(int(mask)) - 1;
       if (at_once)
@@ -242,8 +262,9 @@ __global__ void __launch_bounds__(kSelectThreads) select(const Route r) {
       else
         asking[place] = (unsigned long long)choice;
     }
-    __syncthreads();
-    found += s.found;
+    found += count;
+    first += kSelectThreads * kIdsPerThread;
+    if (found < load) ids = load_ids(r, first, choices);
     __syncthreads();
   }
   if (!at_once) {
@@ -274,7 +295,9 @@ __global__ void __launch_bounds__(kSelectThreads) select(const Route r) {
 }
 
 inline cudaError_t launch_select(const Route& route, cudaStream_t stream) {
-  const int blocks = route.segments() + (route.columns() + kSelectWarps) / kSelectWarps;  // the columns and bad rows
+  const int columns = (route.columns() + kSelectWarps) / kSelectWarps;  // one more: bad rows
+  const int few = route.segments() < 128 ? 4 : route.segments() / 32;   // with 128 segments still one wave of blocks
+  const int blocks = route.segments() + (columns < few ? columns : few);
   return device::launch(select, dim3(blocks), dim3(kSelectThreads), 0, stream, route);
 }
 
