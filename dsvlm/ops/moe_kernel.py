@@ -37,7 +37,7 @@ def has_kernel(device: str) -> bool:
 @functools.cache
 def registered() -> bool:
     """Loads the library and tells torch what the ops return and what their gradients are; False where there is none."""
-    if not library():
+    if not library() or not hasattr(torch.ops.dsvlm, "moe_route"):  # a library from before there were these ops
         return False
     for op, fake, save, backward in (
         ("moe_route", fake_route, save_route, route_backward),
