@@ -171,8 +171,8 @@ def choices(records: Iterable[dict], name: str) -> list[dict]:
     """Which backend `auto` takes on this device, by head size, packing and length: the fastest forward + backward.
 
     Each entry: {"device", "head_size", "queries_up_to", "packed", "backend"}; where that is "two_call", which not every
-    batch can take, "otherwise" is the fastest of the rest. Shapes between two edges decide together; a backend that
-    cannot run one of them, or whose result is wrong, is out.
+    batch can take, an entry with the fastest of the rest follows. Shapes between two edges decide together; a backend
+    that cannot run one of them, or whose result is wrong, is out.
     """
     groups: dict[tuple, list[dict[str, float]]] = {}
     for record in records:
@@ -187,12 +187,9 @@ def choices(records: Iterable[dict], name: str) -> list[dict]:
     for (head_size, packed, edge), group in sorted(groups.items()):
         able = [backend for backend in BACKENDS if all(backend in times for times in group)]
         able.sort(key=lambda backend: sum(times[backend] / min(times.values()) for times in group))
-        if able:
+        for backend in able[: 2 if able[:1] == ["two_call"] else 1]:
             entry = {"device": name, "head_size": head_size, "queries_up_to": edge, "packed": packed}
-            entry["backend"] = able[0]
-            if able[0] == "two_call" and len(able) > 1:
-                entry["otherwise"] = able[1]
-            entries.append(entry)
+            entries.append(entry | {"backend": backend})
     return entries
 
 
@@ -203,8 +200,8 @@ def write_choices(path: Path, entries: list[dict]) -> None:
         return entry["device"], entry["head_size"], entry["packed"], entry["queries_up_to"]
 
     known = json.loads(path.read_text()) if path.exists() else []
-    found = {about(entry): entry for entry in [*known, *entries]}
-    whole = [found[key] for key in sorted(found)]
+    again = {about(entry) for entry in entries}
+    whole = sorted([entry for entry in known if about(entry) not in again] + entries, key=about)
     part = path.with_name(path.name + ".part")
     lines = ",\n".join("  " + json.dumps(entry) for entry in whole)
     part.write_text(f"[\n{lines}\n]\n" if whole else "[]\n")

@@ -45,7 +45,7 @@ class Size:
 
 
 GPU = Size(4, 4096, 32, 11008, samples=128, micro_batch=16, row=2048, rows=4, repeats=8)
-CPU = Size(4, 512, 8, 1376, samples=16, micro_batch=8, row=2048, rows=1, repeats=5)
+CPU = Size(2, 512, 8, 1376, samples=16, micro_batch=8, row=2048, rows=1, repeats=3)
 SMOKE = Size(1, 32, 2, 48, samples=8, micro_batch=4, row=256, rows=1, repeats=1, image=9)
 
 

@@ -25,34 +25,41 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor 
     fused = not kernel_refuses(q, k, v, alibi_slopes)
     if q.device.type != "cuda":
         return "kernel" if fused else dense
-    fastest = measured(q.device.index or 0, q.shape[3], q.shape[1], mask.packed)
     can = {
         "kernel": fused,
         "two_call": mask.images is not None and alibi_slopes is None,
         "flex": mask.kv_len == q.shape[1],
         "sdpa": alibi_slopes is None,
     }
-    return fastest if can.get(fastest) else dense
+    able = tuple(backend for backend in can if can[backend])
+    return measured(q.device.index or 0, q.shape[3], q.shape[1], mask.packed, able) or dense
 
 
 @torch.compiler.assume_constant_result
-def measured(device: int, head_size: int, queries: int, packed: bool) -> str | None:
-    """The fastest backend in the table of measurements, of the next larger number of queries; None: not measured."""
+def measured(device: int, head_size: int, queries: int, packed: bool, able: tuple[str, ...]) -> str | None:
+    """The fastest able backend in the table, of the next larger number of queries measured; None: not measured."""
     name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return lookup(table(), name, head_size, queries, packed)
+    return lookup(table(), name, head_size, queries, packed, able)
 
 
 @functools.cache
 def table() -> list[dict]:
-    """Rows of `measured.json`, which `benchmarks/gpu.sh` writes: device, head_size, queries_up_to, packed, backend."""
+    """Rows of `measured.json`, which `benchmarks/gpu.sh` writes: device, head_size, queries_up_to, packed, backend.
+
+    Of several rows about the same thing the first that can serve counts: "two_call" does not take every batch.
+    """
     return json.loads(MEASURED.read_text())
 
 
-def lookup(rows: list[dict], device: str, head_size: int, queries: int, packed: bool) -> str | None:
+def lookup(
+    rows: list[dict], device: str, head_size: int, queries: int, packed: bool, able: tuple[str, ...] | None = None
+) -> str | None:
     fitting = [
         row
         for row in rows
         if (row["device"], row["head_size"], row["packed"]) == (device, head_size, packed)
         and row["queries_up_to"] >= queries
     ]
-    return min(fitting, key=lambda row: row["queries_up_to"])["backend"] if fitting else None
+    nearest = min((row["queries_up_to"] for row in fitting), default=None)
+    fastest = (row["backend"] for row in fitting if row["queries_up_to"] == nearest)
+    return next((backend for backend in fastest if able is None or backend in able), None)

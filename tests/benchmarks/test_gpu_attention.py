@@ -11,7 +11,7 @@ from benchmarks import attention, device
 from benchmarks import attention_peers as peers
 from benchmarks.attention_shapes import SHAPES, SMOKE, Shape, alike, compared_part, for_cpu, reference
 from dsvlm.ops import GitMask
-from dsvlm.ops.git_attention import lookup
+from dsvlm.ops.git_choice import lookup
 
 RAGGED = Shape("ragged", 4, 2, 8, (((5, 2), (3, 4)), ((4, 6), (1, 1))))
 PACKED_FULL = Shape("full", 2, 2, 8, (((5, 2), (3, 4)), ((4, 6), (3, 1))))
@@ -161,9 +161,10 @@ def test_choices_are_the_fastest_that_all_shapes_can_take():
         record("e", times={kernel: 5.0, sdpa: 2.0}, packed=True, length=9000),
     ]
     entries = attention.choices(records, "sm_90")
-    assert [(e["head_size"], e["queries_up_to"], e["backend"], e.get("otherwise")) for e in entries] == [
-        (64, 1024, "two_call", "kernel"), (128, 512, "sdpa", None), (128, 1024, "kernel", None),
+    assert [(entry["head_size"], entry["queries_up_to"], entry["backend"]) for entry in entries] == [
+        (64, 1024, "two_call"), (64, 1024, "kernel"), (128, 512, "sdpa"), (128, 1024, "kernel"),
     ]  # fmt: skip
+    assert lookup(entries, "sm_90", 64, 600, False, ("kernel", "sdpa")) == "kernel"
     assert lookup(entries, "sm_90", 128, 600, False) == "kernel"
     assert lookup(entries, "sm_90", 128, 2000, False) is None and lookup(entries, "sm_80", 128, 9, False) is None
 

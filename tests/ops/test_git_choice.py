@@ -39,6 +39,7 @@ def test_cuda_follows_the_measurements(built, monkeypatch):
         {"device": "sm_90", "head_size": 64, "queries_up_to": 512, "packed": True, "backend": "kernel"},
         {"device": "sm_90", "head_size": 64, "queries_up_to": 2048, "packed": True, "backend": "flex"},
         {"device": "sm_90", "head_size": 64, "queries_up_to": 512, "packed": False, "backend": "two_call"},
+        {"device": "sm_90", "head_size": 64, "queries_up_to": 512, "packed": False, "backend": "kernel"},
         {"device": "sm_80", "head_size": 64, "queries_up_to": 512, "packed": True, "backend": "sdpa"},
     ]
     assert lookup(rows, "sm_90", 64, 512, True) == "kernel" and lookup(rows, "sm_90", 64, 513, True) == "flex"
@@ -51,8 +52,8 @@ def test_cuda_follows_the_measurements(built, monkeypatch):
     assert choose(*like(**gpu, queries=600), PACKED, None, 0.0) == "sdpa"  # measured for as many keys as queries
     assert choose(*like(**gpu | {"dtype": torch.float32}), PACKED, None, 0.0) == "sdpa"
     assert choose(*like(**gpu), EQUAL, None, 0.0) == "two_call"
-    assert choose(*like(**gpu), EQUAL, slopes, 0.0) == "math"
-    assert choose(*like(**gpu), GitMask(PACKED.rows, 3, packed=False), None, 0.0) == "sdpa"
+    assert choose(*like(**gpu), EQUAL, slopes, 0.0) == "kernel"  # the second row about the same thing
+    assert choose(*like(**gpu), GitMask(PACKED.rows, 3, packed=False), None, 0.0) == "kernel"
     assert choose(*like(**gpu, size=80), PACKED, None, 0.0) == "sdpa"
 
 
