@@ -6,7 +6,7 @@
 namespace dsvlm::attention {
 
 inline Strided strided(const void* data, const int64_t* strides) {
-  return Strided{data, strides[0], strides[1], strides[2]};
+  return Strided{data, strides[0] / 8, strides[2] / 8, uint32_t(strides[1] / 8)};
 }
 
 template <class Kind>

@@ -9,10 +9,10 @@ namespace dsvlm::attention {
 
 template <int D>
 struct BackwardShape {
-  static constexpr int kRows = 16 * kWarps;                    // queries of a block here, keys of a block there
-  static constexpr int kKeys = D < 80 ? 64 : 32;               // a tile of the walk here
-  static constexpr int kQueries = D < 96 ? 64 : 32;            // a tile of the walk there
-  static constexpr int kBlocks = 3, kKeyBlocks = 2;                // per multiprocessor, here and there
+  static constexpr int kRows = 16 * kWarps;       // queries of a block here, keys of a block there
+  static constexpr int kKeys = D < 80 ? 64 : 32;  // a tile of the walk here
+  static constexpr int kQueries = 32;             // a tile of the walk there
+  static constexpr int kBlocks = D == 64 || D == 128 ? 3 : 4, kKeyBlocks = D < 128 ? 3 : 2;  // per multiprocessor
 
   static DSVLM_HOST_DEVICE int summaries(int queries) { return (queries + kQueries - 1) / kQueries; }
   static size_t query_bytes(int keys) {
@@ -20,23 +20,22 @@ struct BackwardShape {
   }
   static size_t key_bytes(int queries) {
     const size_t tiles = (2 * kRows + 4 * kQueries) * kPitch<D> * 2;
-    return tiles + 2 * kQueries * (sizeof(Statistic) + sizeof(Row)) + (queries + 63) / 64 * 8 +
-           (summaries(queries) + 31) / 32 * 4;
+    return tiles + 2 * kQueries * (sizeof(Statistic) + sizeof(Row)) +
+           (summaries(queries) + 31) / 32 * (32 * (sizeof(QueryTile) + 4) + 4);
   }
 };
 
-// delta[row] = sum of grad_out * out, two threads a row; grad_out's tile is in shared memory.
+// delta[row] = sum of grad_out * out, two threads a row; grad_out's tile is in shared memory, out_row this thread's.
 template <int D, class T>
-__device__ __forceinline__ void row_products(float* delta, const T* grad_tile, const T* out, int64_t stride,
-                                             bool live) {
+__device__ __forceinline__ void row_products(float* delta, const T* grad_tile, const uint4* out_row, bool live) {
   const int row = threadIdx.x / 2;
   float total = 0;
   if (live) {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
-      const int column = 16 * i + threadIdx.x % 2 * 8;
-      const uint4 a = *reinterpret_cast<const uint4*>(grad_tile + row * kPitch<D> + column);
-      const uint4 b = *reinterpret_cast<const uint4*>(out + row * stride + column);
+      const int column = 2 * i + threadIdx.x % 2;
+      const uint4 a = *reinterpret_cast<const uint4*>(grad_tile + row * kPitch<D> + 8 * column);
+      const uint4 b = out_row[column];
       const uint32_t pairs[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -49,14 +48,11 @@ __device__ __forceinline__ void row_products(float* delta, const T* grad_tile, c
   if (threadIdx.x % 2 == 0) delta[row] = total;
 }
 
-// One warp leaves the summary of kQueries queries that begin at intervals[0].
-template <int kQueries>
+// By one warp, of 32 queries.
 __device__ __forceinline__ void leave_summary(Summary* to, const Row* intervals) {
   Summary summary{};
-  summary.tile = summarise(intervals, kQueries);
-#pragma unroll
-  for (int w = 0; w < kQueries / 32; ++w)
-    summary.live[w] = __ballot_sync(kAllLanes, intervals[32 * w + lane_index()].live());
+  summary.tile = summarise(intervals, 32);
+  summary.live = __ballot_sync(kAllLanes, intervals[lane_index()].live());
   if (lane_index() == 0) *to = summary;
 }
 
@@ -78,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks) backward_
   load_intervals<kRows>(intervals, p.rows + batch * p.rows_batch, first_query, p.queries, p.keys);
   __syncthreads();
   const auto live_query = [&](int row) { return intervals[row].live(); };
-  copy_tile<D, kRows>(q_tile, p.q.at<T>(batch, first_query, head), p.q.position, live_query);
-  copy_tile<D, kRows>(grad_tile, p.grad_out.at<T>(batch, first_query, head), p.grad_out.position, live_query);
+  copy_tile<D, kRows>(q_tile, p.q.at(batch, head), p.q.position, first_query, live_query);
+  copy_tile<D, kRows>(grad_tile, p.grad_out.at(batch, head), p.grad_out.position, first_query, live_query);
   device::copy_async_commit();
   const QueryTile block_rows = summarise(intervals, kRows), warp_rows = summarise(intervals + own, 16);
   const int begin = block_rows.first < block_rows.last ? block_rows.first / N * N : 0;
@@ -87,15 +83,14 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks) backward_
             block_rows.last);
   const int summaries = Shape::summaries(p.queries), summary = tile * (kRows / kQueries) + warp_index();
   if (head == 0 && (batch == 0 || p.rows_batch != 0) && warp_index() < kRows / kQueries && summary < summaries)
-    leave_summary<kQueries>(p.summaries + int64_t(batch) * summaries + summary, intervals + kQueries * warp_index());
+    leave_summary(p.summaries + int64_t(batch) * summaries + summary, intervals + kQueries * warp_index());
   __syncthreads();
 
-  const T* k = p.k.at<T>(batch, 0, kv_head);
-  const T* v = p.v.at<T>(batch, 0, kv_head);
+  const uint4 *k = p.k.at(batch, kv_head), *v = p.v.at(batch, kv_head);
   const auto load_keys = [&](int key, int stage) {
-    const auto alive = [&](int row) { return (live[(key + row) / 32] >> ((key + row) % 32) & 1) != 0; };
-    copy_tile<D, N>(k_tiles + stage * kTile, k + key * p.k.position, p.k.position, alive);
-    copy_tile<D, N>(v_tiles + stage * kTile, v + key * p.v.position, p.v.position, alive);
+    const LiveRows<N> alive(live + key / 32);
+    copy_tile<D, N>(k_tiles + stage * kTile, k, p.k.position, key, alive);
+    copy_tile<D, N>(v_tiles + stage * kTile, v, p.v.position, key, alive);
   };
   const Walk<N> walk{live, block_rows.last};
   int key = walk.from(begin), stage = 0;
@@ -104,8 +99,8 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks) backward_
 
   device::copy_async_wait<1>();
   __syncthreads();
-  row_products<D>(deltas, grad_tile, p.out.at<T>(batch, first_query, head), p.out.position,
-                  live_query(threadIdx.x / 2));
+  const uint4* out_row = p.out.at(batch, head) + uint32_t(first_query + threadIdx.x / 2) * p.out.position;
+  row_products<D>(deltas, grad_tile, out_row, live_query(threadIdx.x / 2));
   __syncthreads();
   float lse[2], delta[2];
 #pragma unroll
@@ -119,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks) backward_
   }
 
   float grad_q[1][D / 8][4] = {};
-  const float scale = p.scale * kLog2E, slope = p.slopes != nullptr ? p.slopes[head] * kLog2E : 0;
-  const float factor = p.slopes != nullptr ? 1 : scale;
+  const float factor = p.slopes != nullptr ? 1 : p.scale * kLog2E;
   while (key < walk.last) {
     device::copy_async_wait<0>();
     __syncthreads();
@@ -133,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks) backward_
       float s[1][N / 8][4] = {}, grad_weights[1][N / 8][4] = {};
       multiply_transposed<D, 1, N>(s, q_tile + own * kPitch<D>, k_tiles + stage * kTile);
       multiply_transposed<D, 1, N>(grad_weights, grad_tile + own * kPitch<D>, v_tiles + stage * kTile);
-      if (p.slopes != nullptr) add_alibi<1, N>(s, scale, slope, key, p.position_of(first_query + own));
+      if (p.slopes != nullptr) add_alibi<1, N>(s, p, head, key, first_query + own);
       if (visit == Visit::partial) mask_scores<1, N>(s, intervals + own, live + key / 32, key);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {

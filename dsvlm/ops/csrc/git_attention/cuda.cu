@@ -31,7 +31,12 @@ Tensor readable(const Tensor& x) {
   return copy;
 }
 
-Strided strided(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+Strided strided(const char* op, const Tensor& x) {
+  const int64_t position = x.size(1) > 1 ? x.stride(1) / 8 : 0;
+  STD_TORCH_CHECK(position * x.size(1) <= 0xffffffff, op, ": ", shape_of(x), " with a stride of ", x.stride(1),
+                  " from one position to the next; expected positions within 64 GiB of each other");
+  return {x.const_data_ptr(), x.stride(0) / 8, x.stride(2) / 8, static_cast<uint32_t>(position)};
+}
 
 void check_device(const char* op, const char* name, const Tensor& x, const Tensor& q) {
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(), op, ": ", name,
@@ -83,9 +88,9 @@ struct Inputs {
     if (slopes) this->slopes = torch::stable::contiguous(*slopes);
   }
 
-  void fill(Problem& p, double scale) const {
+  void fill(const char* op, Problem& p, double scale) const {
     p.batch = q.size(0), p.queries = q.size(1), p.keys = k.size(1), p.heads = q.size(2), p.kv_heads = k.size(2);
-    p.q = strided(q), p.k = strided(k), p.v = strided(v);
+    p.q = strided(op, q), p.k = strided(op, k), p.v = strided(op, v);
     p.rows = static_cast<const Row*>(rows.const_data_ptr());
     p.rows_batch = rows.size(0) == 1 ? 0 : q.size(1);
     p.slopes = slopes ? static_cast<const float*>(slopes->const_data_ptr()) : nullptr;
@@ -114,7 +119,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   Forward p{};
-  inputs.fill(p, scale);
+  inputs.fill(op, p, scale);
   p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
   start(op, p, q, attention::forward_bf16, attention::forward_f16);
   return {out, lse};
@@ -142,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   Tensor statistics = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), 2}, ScalarType::Float);
   Tensor summaries = torch::stable::new_empty(rows, {rows.size(0), ceil_div(q.size(1), 32), 8}, ScalarType::Int);
   Backward p{};
-  inputs.fill(p, scale);
-  p.grad_out = strided(grad), p.out = strided(result), p.lse = static_cast<const float*>(sums.const_data_ptr());
+  inputs.fill(op, p, scale);
+  p.grad_out = strided(op, grad), p.out = strided(op, result), p.lse = static_cast<const float*>(sums.const_data_ptr());
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr(), p.grad_v = grad_v.mutable_data_ptr();
   p.statistics = static_cast<attention::Statistic*>(statistics.mutable_data_ptr());
   p.summaries = static_cast<attention::Summary*>(summaries.mutable_data_ptr());

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, ForwardShape<D, R>::kBlocks) forward
   const int kv_head = head / (p.heads / p.kv_heads), own = 16 * R * warp_index();
   load_intervals<kRows>(intervals, p.rows + batch * p.rows_batch, first_query, p.queries, p.keys);
   __syncthreads();
-  copy_tile<D, kRows>(q_tile, p.q.at<T>(batch, first_query, head), p.q.position,
+  copy_tile<D, kRows>(q_tile, p.q.at(batch, head), p.q.position, first_query,
                       [&](int row) { return intervals[row].live(); });
   const QueryTile block_rows = summarise(intervals, kRows), warp_rows = summarise(intervals + own, 16 * R);
   const int begin = block_rows.first < block_rows.last ? block_rows.first / N * N : 0;
@@ -84,19 +84,17 @@ __global__ void __launch_bounds__(kThreads, ForwardShape<D, R>::kBlocks) forward
             block_rows.last);
   __syncthreads();
 
-  const T* k = p.k.at<T>(batch, 0, kv_head);
-  const T* v = p.v.at<T>(batch, 0, kv_head);
+  const uint4 *k = p.k.at(batch, kv_head), *v = p.v.at(batch, kv_head);
   const auto load_keys = [&](int key, int stage) {
-    const auto alive = [&](int row) { return (live[(key + row) / 32] >> ((key + row) % 32) & 1) != 0; };
-    copy_tile<D, N>(k_tiles + stage * kTile, k + key * p.k.position, p.k.position, alive);
-    copy_tile<D, N>(v_tiles + stage * kTile, v + key * p.v.position, p.v.position, alive);
+    const LiveRows<N> alive(live + key / 32);
+    copy_tile<D, N>(k_tiles + stage * kTile, k, p.k.position, key, alive);
+    copy_tile<D, N>(v_tiles + stage * kTile, v, p.v.position, key, alive);
   };
 
   float out[R][D / 8][4] = {}, sum[R][2] = {}, top[R][2];
 #pragma unroll
   for (int r = 0; r < R; ++r) top[r][0] = top[r][1] = -kInfinity;
-  const float scale = p.scale * kLog2E, slope = p.slopes != nullptr ? p.slopes[head] * kLog2E : 0;
-  const float factor = p.slopes != nullptr ? 1 : scale;  // what is left to multiply scores with
+  const float factor = p.slopes != nullptr ? 1 : p.scale * kLog2E;  // what is left to multiply scores with
   const Walk<N> walk{live, block_rows.last};
   int key = walk.from(begin), stage = 0;
   if (key < walk.last) load_keys(key, stage);
@@ -112,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, ForwardShape<D, R>::kBlocks) forward
     if (visit != Visit::skip) {
       float s[R][N / 8][4] = {};
       multiply_transposed<D, R, N>(s, q_tile + own * kPitch<D>, k_tiles + stage * kTile);
-      if (p.slopes != nullptr) add_alibi<R, N>(s, scale, slope, key, p.position_of(first_query + own));
+      if (p.slopes != nullptr) add_alibi<R, N>(s, p, head, key, first_query + own);
       if (visit == Visit::partial) mask_scores<R, N>(s, intervals + own, live + key / 32, key);
       softmax_step<R, N, D>(s, factor, top, sum, out);
       uint32_t weights[R][N / 16][4];

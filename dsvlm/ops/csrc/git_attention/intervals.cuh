@@ -49,6 +49,17 @@ __device__ __forceinline__ void mark_live(uint32_t* live, int begin, int end, co
   }
 }
 
+// Which of N rows are live, in registers, for copy_tile.
+template <int N>
+struct LiveRows {
+  uint32_t low, high;
+
+  __device__ __forceinline__ LiveRows(const uint32_t* words) : low(words[0]), high(N == 64 ? words[1] : 0) {}
+  __device__ __forceinline__ bool operator()(int row) const {
+    return ((N == 32 || row < 32 ? low : high) >> (row % 32) & 1) != 0;
+  }
+};
+
 // What mask.h wants to know of 32 keys from `begin` on.
 __device__ __forceinline__ KeyTile key_word(uint32_t live, int begin) {
   KeyTile tile;
@@ -108,19 +119,19 @@ __device__ __forceinline__ void mask_scores(float (&s)[R][N / 8][4], const Row* 
   }
 }
 
-// s = s * scale + slope * (key - position of the query), all to base 2.
+// s = s * scale + slope * (key - position of the query), to base 2; keys from `begin`, queries from `query` on.
 template <int R, int N>
-__device__ __forceinline__ void add_alibi(float (&s)[R][N / 8][4], float scale, float slope, int begin, int position) {
-  const int lane = lane_index();
+__device__ __forceinline__ void add_alibi(float (&s)[R][N / 8][4], const Problem& p, int head, int begin, int query) {
+  const int lane = lane_index(), first = begin + 2 * (lane % 4) - p.position_of(query + lane / 4);
+  const float scale = p.scale * kLog2E, slope = p.slopes[head] * kLog2E;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int key = begin + 8 * n + 2 * (lane % 4) + e % 2;
-        const int query = position + 16 * r + 8 * (e / 2) + lane / 4;
-        s[r][n][e] = s[r][n][e] * scale + slope * float(key - query);
+        const int distance = first + 8 * n + e % 2 - 16 * r - 8 * (e / 2);
+        s[r][n][e] = s[r][n][e] * scale + slope * float(distance);
       }
     }
   }

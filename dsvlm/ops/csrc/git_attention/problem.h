@@ -1,4 +1,4 @@
-// What the CUDA kernels are given, and how they are started. Strides count elements; the last dimension is contiguous.
+// What the CUDA kernels are given, and how they are started.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,18 @@
 
 namespace dsvlm::attention {
 
-struct Strided {  // [batch, position, head, D]; every row begins at a multiple of 16 bytes
+// [batch, position, head, D] of 16-bit values, in pieces of 16 bytes: D is contiguous, every row begins with a piece.
+struct Strided {
   const void* data;
-  int64_t batch, position, head;
+  int64_t batch, head;
+  uint32_t position;  // times the last position: below 2^32
 
-  template <class T>
-  __device__ __forceinline__ const T* at(int b, int64_t p, int h) const {
-    return static_cast<const T*>(data) + b * batch + p * position + h * head;
+  __device__ __forceinline__ const uint4* at(int b, int h) const {
+    const uint4* place = static_cast<const uint4*>(data) + b * batch + h * head;
+#ifndef DSVLM_EMULATE
+    asm("" : "+l"(place));  // one register pair, or compilers add up its parts again at every use
+#endif
+    return place;
   }
 };
 
@@ -39,15 +44,15 @@ struct Forward : Problem {
   float* lse;  // [batch, heads, queries]
 };
 
-// Per query, left by the kernel of dQ for that of dK and dV: log-sum-exp to base 2, rowsum(grad_out * out).
+// Left by the kernel of dQ for that of dK and dV. Per query: log-sum-exp to base 2, rowsum(grad_out * out).
 struct alignas(8) Statistic {
   float lse, delta;
 };
 
-// The same per tile of queries: hull of its rows, and which of its queries are not padding.
+// Per 32 queries: their intervals, and which of them are not padding.
 struct alignas(16) Summary {
   QueryTile tile;
-  uint32_t live[2], unused[2];
+  uint32_t live, unused[3];
 };
 
 struct Backward : Problem {

@@ -22,19 +22,20 @@ constexpr int kPitch = D + 8;
 __device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 
-// Starts to copy kRows rows to shared memory, 16 bytes a thread at a time; rows that are not live become zeros unread.
+// Starts to copy kRows rows from `position` on to shared memory, 16 bytes a thread at a time; rows that are not live
+// become zeros unread.
 template <int D, int kRows, class T, class Live>
-__device__ __forceinline__ void copy_tile(T* shared, const T* global, int64_t stride, Live live) {
+__device__ __forceinline__ void copy_tile(T* shared, const uint4* global, uint32_t stride, int position, Live live) {
   constexpr int kChunks = D / 8, kStep = kThreads / kChunks;
-  const int first = threadIdx.x / kChunks, column = threadIdx.x % kChunks * 8;
-  shared += first * kPitch<D> + column;
-  global += first * stride + column;
+  const int first = threadIdx.x / kChunks, column = threadIdx.x % kChunks;
+  shared += first * kPitch<D> + 8 * column;
+  uint32_t offset = (position + first) * stride + column;
 #pragma unroll
   for (int begin = 0; begin < kRows; begin += kStep) {
     const int row = begin + first;
     const bool inside = (kStep * kChunks == kThreads || first < kStep) && (kRows % kStep == 0 || row < kRows);
-    if (inside) device::copy_async_16(shared + begin * kPitch<D>, global, live(row));
-    global += kStep * stride;
+    if (inside) device::copy_async_16(shared + begin * kPitch<D>, global + offset, live(row));
+    offset += kStep * stride;
   }
 }
 
