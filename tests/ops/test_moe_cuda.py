@@ -21,8 +21,9 @@ DEFAULTS = dict(
 
 
 def poisoned(*shape, dtype=torch.float32):
-    """What an allocator may return: NaN in every floating type, -1 in integers."""
-    return torch.full((*shape, dtype.itemsize), 0xFF, dtype=torch.uint8).view(dtype).view(shape)
+    """What an allocator may return: NaN, or integers that mean nothing."""
+    byte = 0xFF if dtype.is_floating_point else 0x5A
+    return torch.full((*shape, dtype.itemsize), byte, dtype=torch.uint8).view(dtype).view(shape)
 
 
 class Emulated:
