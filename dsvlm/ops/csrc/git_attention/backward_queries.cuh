@@ -12,7 +12,7 @@ struct BackwardShape {
   static constexpr int kRows = 16 * kWarps;       // queries of a block here, keys of a block there
   static constexpr int kKeys = D < 80 ? 64 : 32;  // a tile of the walk here
   static constexpr int kQueries = 32;             // a tile of the walk there
-  static constexpr int kBlocks = D == 64 || D == 128 ? 3 : 4, kKeyBlocks = D < 128 ? 3 : 2;  // per multiprocessor
+  static constexpr int kBlocks = D == 80 ? 4 : 3, kKeyBlocks = D < 128 ? 3 : 2;  // per multiprocessor
 
   static DSVLM_HOST_DEVICE int summaries(int queries) { return (queries + kQueries - 1) / kQueries; }
   static size_t query_bytes(int keys) {

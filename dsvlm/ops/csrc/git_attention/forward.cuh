@@ -11,7 +11,7 @@ namespace dsvlm::attention {
 template <int D, int R>
 struct ForwardShape {
   static constexpr int kRows = 16 * R * kWarps;
-  static constexpr int kKeys = (R == 1 ? D < 80 : D < 128) ? 64 : 32;  // what fits in registers and shared memory
+  static constexpr int kKeys = D < (R == 1 ? 80 : 96) ? 64 : 32;  // what fits in registers and shared memory
   static constexpr int kBlocks = R == 1 ? 4 : 2;                       // per multiprocessor
 
   static constexpr size_t kTiles = (kRows + 4 * kKeys) * kPitch<D> * 2;
