@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -58,10 +59,10 @@ class BuildLibrary(build_ext):
         try:
             compile_library(target, compiler, nvcc, torch_dir)
         except subprocess.CalledProcessError as error:
+            print(f"dsvlm: the compiled ops could not be built:\n{error.stderr}", file=sys.stderr)
             if wanted == "1":
                 raise
-            print(f"dsvlm: the compiled ops could not be built:\n{error.stderr}", file=sys.stderr)
-            if nvcc is not None and error.cmd[0] == nvcc:
+            if nvcc is not None:
                 print("dsvlm: trying again without CUDA code")
                 compile_library(target, compiler, None, torch_dir)
 
@@ -70,16 +71,20 @@ def compile_library(target: Path, compiler: str, nvcc: str | None, torch_dir: Pa
     """All sources to objects, two at a time or as many as there are cores, and the objects to one library."""
     include = [f"-I{CSRC}", f"-I{torch_dir / 'include'}"]
     jobs = []
+    if nvcc is not None:  # first: they take longest
+        architectures = os.environ.get("DSVLM_CUDA_ARCH", "80;90a").split(";")
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+        host = ["-ccbin", compiler, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        binding = [compiler, *CXX_FLAGS, "-x", "c++", *include, f"-isystem{find_cuda_headers(nvcc)}"]
+        for source in sorted(CSRC.rglob("*.cu")):
+            # without kernels there is nothing for the device: g++ reads torch's headers once, nvcc three times
+            has_kernels = '.cuh"' in source.read_text()
+            jobs.append((source, "", [nvcc, *FLAGS, *code, *host, *include] if has_kernels else binding))
     for source in sorted(CSRC.rglob("*.cpp")):
         sets = INSTRUCTIONS if source.stem.endswith("_simd") else {"": []}
         for name, flags in sets.items():
             define = [f"-DDSVLM_ISA={name}"] if name else []
             jobs.append((source, name, [compiler, *CXX_FLAGS, *flags, *define, *include]))
-    if nvcc is not None:
-        architectures = os.environ.get("DSVLM_CUDA_ARCH", "80;90a").split(";")
-        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-        host = ["-ccbin", compiler, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        jobs += [(source, "", [nvcc, *FLAGS, *code, *host, *include]) for source in sorted(CSRC.rglob("*.cu"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_object(*job), jobs))
     libraries = [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
@@ -121,6 +126,14 @@ def run(command: list[str]) -> None:
 def find_nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     return shutil.which("nvcc") or next((p for h in homes if h and (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
+
+
+def find_cuda_headers(nvcc: str) -> str:
+    """The directory of cuda_runtime.h: nvcc knows it, wherever it is installed and whatever starts it."""
+    done = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    found = [Path(place) for place in re.findall(r'-I([^"\s]+)', done.stderr)]
+    found.append(Path(nvcc).resolve().parents[1] / "include")
+    return str(next((place for place in found if (place / "cuda_runtime.h").exists()), found[-1]))
 
 
 library = Extension("dsvlm.ops._C", sources=[], py_limited_api=True, optional=True)

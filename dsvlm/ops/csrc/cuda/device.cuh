@@ -9,6 +9,9 @@
 #include "emulator.h"
 #else
 #include <cuda_runtime.h>
+#endif
+
+#ifdef __CUDACC__  // bindings, which g++ compiles, need CUDA's types only
 
 // The bytes of shared memory that launch() was told of; 128 bytes are enough for any vector and for bulk copies.
 #define DSVLM_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
