@@ -73,6 +73,11 @@ def engine_of(tiny: Tiny, threshold: int = 0):
 
 def gradient(recipe, step: int = 0) -> dict[str, np.ndarray]:
     """The fp64 gradient of one window, as autograd hands it to the engine, summed over ranks and micro-steps."""
+    return loss_and_gradient(recipe, step)[1]
+
+
+def loss_and_gradient(recipe, step: int = 0) -> tuple[list[float], dict[str, np.ndarray]]:
+    """This rank's sums of a window [losses first], and its `gradient`."""
     tiny = Tiny(recipe, double=True)
     tiny.model.train()
     with engine_of(tiny) as engine:
@@ -83,14 +88,32 @@ def gradient(recipe, step: int = 0) -> dict[str, np.ndarray]:
                 sums[name] = sums.get(name, 0.0) + grad.detach().clone()
 
             parameter.register_hook(add)
-        tiny.window(engine, step)
+        losses = tiny.window(engine, step).total.tolist()
         names = [name for name, _ in trainable(engine)]
         assert sorted(sums) == sorted(names), f"no gradient for {sorted(set(names) - set(sums))}"
         total = {}
         for name in names:
             dist.all_reduce(sums[name])
             total[name] = (sums[name] / dist.get_world_size()).numpy()
-        return total
+        return losses, total
+
+
+def by_backend(recipe, backend: str) -> tuple[int, list[float], dict[str, np.ndarray]]:
+    """Calls of `git_attention` with one backend, and the loss and gradient of a window."""
+    import dsvlm.model.backbone.attention as module
+
+    plain, calls = module.git_attention, []
+
+    def attend(*args, **kwargs):
+        calls.append(args[0].shape)
+        return plain(*args, **kwargs, backend=backend)
+
+    module.git_attention = attend
+    try:
+        found = loss_and_gradient(recipe)
+        return len(calls), *found
+    finally:
+        module.git_attention = plain
 
 
 def loads(recipe, layer: int = 0) -> list[np.ndarray]:
