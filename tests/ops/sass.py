@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,6 @@ class Kernel:
     stack: int
     local: int
     instructions: Counter = field(default_factory=Counter)
-    code: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} for {self.architecture}"
@@ -60,19 +60,22 @@ def tools() -> dict[str, str]:
 def kernels_of(path: Path) -> list[Kernel]:
     """All kernels in an object file or library, readable names, every architecture."""
     environment = tools()
-    dump = [
-        subprocess.run(["cuobjdump", option, str(path)], env=environment, capture_output=True, text=True, check=True)
-        for option in ("-res-usage", "-sass")
-    ]
+
+    def dump(*options: str) -> str:
+        command = ["cuobjdump", *options, str(path)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
     kernels = {}
-    for architecture, part in parts(dump[0].stdout, r"^arch = (\w+)$"):
+    for architecture, part in parts(dump("-res-usage"), r"^arch = (\w+)$"):
         for name, usage in parts(part, r"^ *Function (\S+):$"):
             registers, stack, _, local = map(int, USAGE.search(usage).groups())
             kernels[architecture, name] = Kernel(name, architecture, registers, stack, local)
-    for architecture, part in parts(dump[1].stdout, r"^arch = (\w+)$"):
-        for name, code in parts(part, r"^\s*Function : (\S+)$"):
-            kernel = kernels[architecture, name]
-            kernel.instructions, kernel.code = Counter(INSTRUCTION.findall(code)), code
+    architectures = sorted({architecture for architecture, _ in kernels})
+    with ThreadPoolExecutor() as pool:  # disassembling takes seconds
+        codes = pool.map(lambda architecture: dump("-sass", "-arch", architecture), architectures)
+        for architecture, text in zip(architectures, codes, strict=True):
+            for name, code in parts(text, r"^\s*Function : (\S+)$"):
+                kernels[architecture, name].instructions = Counter(INSTRUCTION.findall(code))
     names = "\n".join(kernel.name for kernel in kernels.values())
     readable = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
     for kernel, name in zip(kernels.values(), readable, strict=True):
