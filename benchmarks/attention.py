@@ -1,8 +1,8 @@
-"""GIT attention measured against what else computes it: `python -m benchmarks.attention [--cpu] [--out FILE]`.
+"""GIT attention on a GPU against what else computes it: `python -m benchmarks.attention --out FILE`.
 
-Same inputs, one process, interleaved repeats, medians; on a GPU device time and rotating inputs. Every result is
-compared with fp64 before it is timed. `--cpu` takes a row and a quarter of the heads of each shape, in fp32; `--smoke`
-takes tiny shapes, on whatever is there: it shows that the script works, and measures nothing.
+Same inputs, one process, device time, rotating inputs, interleaved repeats, medians; every result is compared with fp64
+before it is timed. The CPU has `benchmarks.attention_cpu`. `--smoke` takes tiny shapes on whatever is there: it shows
+that the script works.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import attention_peers as peers
 from benchmarks import device
-from benchmarks.attention_shapes import SHAPES, SMOKE, Shape, compared_part, for_cpu, reference
+from benchmarks.attention_shapes import SHAPES, SMOKE, Shape, compared_part, reference
 from benchmarks.measure import Row, markdown, progress
 from benchmarks.parts import save_part, table
 
@@ -52,10 +52,6 @@ GOALS = (
     Goal(peers.TWO_CALL, "rows alike", lambda r: r["uniform"], both(1.0, 0.95), both(1.4, 1.3)),
     Goal(peers.DENSE, "packed 8x(257+64)", lambda r: r["shape"] == "7B packed 8x(257+64)", both(5, 5), both(7, 7)),
 )
-CPU_GOALS = (
-    Goal(peers.DENSE, "all", lambda r: True, both(1.0, 1.0), both(1.0, 1.0)),
-    Goal(peers.DENSE, "packed 8x(257+64)", lambda r: r["shape"] == "7B packed 8x(257+64)", both(4, 4), both(4, 4)),
-)
 FLOOR_MUST, FLOOR_GOAL, SHORT = 0.5, 0.65, 400  # share of the byte floor where the length is at most SHORT
 
 
@@ -83,20 +79,18 @@ def inspect_peer(peer: peers.Peer, shape: Shape, layout, inputs, expected: dict)
     return facts, attend
 
 
-def measure_shape(
-    shape: Shape, contestants: Iterable[peers.Peer], repeats: int, ceilings: dict[str, float], dtype=torch.bfloat16
-) -> dict:
+def measure_shape(shape: Shape, contestants: Iterable[peers.Peer], repeats: int, ceilings: dict[str, float]) -> dict:
     """One record: every peer's errors, memory and times, or why it was not measured."""
     where = device.device()
     layout = shape.layout(where)
-    size = sum(x.nbytes for x in shape.inputs(where, 0, dtype))
-    sets = [shape.inputs(where, seed, dtype) for seed in range(device.sets_of(size))]
+    size = sum(x.nbytes for x in shape.inputs(where, 0))
+    sets = [shape.inputs(where, seed) for seed in range(device.sets_of(size))]
     expected = reference(shape, peers.GitMask.from_segments(*layout).dense(), sets[0])
     record = {
         "shape": shape.name, "batch": shape.batch, "length": shape.length, "heads": shape.heads,
         "kv_heads": shape.kv_heads, "head_size": shape.head_size, "packed": shape.packed,
         "images": max(m for row in shape.segments for m, _ in row), "uniform": shape.uniform is not None,
-        "pairs": shape.pairs, "tokens": shape.tokens, "dtype": str(dtype).removeprefix("torch."),
+        "pairs": shape.pairs, "tokens": shape.tokens,
         "flops": {mode: shape.flops(mode == "both") for mode in MODES}, "floor_ms": shape.floors(ceilings), "peers": {},
     }  # fmt: skip
     runs = {}
@@ -133,10 +127,10 @@ def time_of(record: dict, peer: str, mode: str) -> float | None:
     return record["peers"].get(peer, {}).get(f"{mode}_ms", {}).get("median")
 
 
-def verdicts(records: Iterable[dict], goals: Iterable[Goal] = GOALS) -> list[Row]:
+def verdicts(records: Iterable[dict]) -> list[Row]:
     """What was asked for, shape by shape; ratios of medians."""
     records, rows = list(records), []
-    for goal in goals:
+    for goal in GOALS:
         for record in filter(goal.where, records):
             for mode, title in MODES.items():
                 mine, theirs = (time_of(record, name, mode) for name in (peers.OURS, goal.peer))
@@ -150,7 +144,7 @@ def verdicts(records: Iterable[dict], goals: Iterable[Goal] = GOALS) -> list[Row
                     )
                 )  # fmt: skip
     for record in records:
-        for mode, title in MODES.items() if goals is GOALS else ():
+        for mode, title in MODES.items():
             mine = time_of(record, peers.OURS, mode)
             if record["length"] <= SHORT and not record["packed"] and mine is not None:
                 what = f"share of the byte floor: {record['shape']}, {title}"
@@ -266,14 +260,12 @@ def warm_flex(shape: Shape) -> None:
 
 def run(shapes: Iterable[Shape], args: argparse.Namespace) -> int:
     begin, shapes, records, left_out = time.monotonic(), list(shapes), [], []
-    on_gpu = torch.cuda.is_available()
-    ceilings = device.ceilings(0.001, 64, 2) if args.smoke else device.ceilings(*(() if on_gpu else (0.25, 1024, 5)))
-    goals, dtype = (CPU_GOALS, torch.float32) if args.cpu else (GOALS, torch.bfloat16)
+    ceilings = device.ceilings(0.001, 64, 2) if args.smoke else device.ceilings()
     about = {"ceilings": ceilings, "repeats": args.repeats, "machine": device.machine()}
 
     def save(complete: bool) -> None:
         text = render(records, left_out)
-        save_part(args.out, "attention", text, verdicts(records, goals), complete, **about, records=records)
+        save_part(args.out, "attention", text, verdicts(records), complete, **about, records=records)
         if args.measured:
             write_choices(args.measured, choices(records, about["machine"]["architecture"] or "cpu"))
 
@@ -285,19 +277,18 @@ def run(shapes: Iterable[Shape], args: argparse.Namespace) -> int:
             continue
         start = time.monotonic()
         torch._dynamo.reset()
-        record = measure_shape(shape, peers.PEERS, args.repeats, ceilings, dtype)
+        record = measure_shape(shape, peers.PEERS, args.repeats, ceilings)
         records.append(record | {"seconds": time.monotonic() - start})
         progress(f"attention: {shape.name}: {time.monotonic() - start:.1f} s")
         save(False)
     save(not left_out)
-    print(render(records, left_out), markdown(verdicts(records, goals)), sep="\n\n")
+    print(render(records, left_out), markdown(verdicts(records)), sep="\n\n")
     return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on whatever is there: measures nothing")
-    parser.add_argument("--cpu", action="store_true", help="measure on the CPU, a row and a quarter of the heads")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of each (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=240, help="begin no shape after that (default %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="shapes whose name contains it")
@@ -306,10 +297,9 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="only compile FlexAttention for all shapes, in parallel")
     parser.add_argument("--warm", metavar="SHAPE", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if torch.cuda.is_available() == args.cpu and not args.smoke:
-        parser.error("--cpu is for machines without a GPU" if args.cpu else "no CUDA device is visible: see --cpu")
-    shapes = [for_cpu(shape) if args.cpu else shape for shape in (SMOKE if args.smoke else SHAPES)]
-    shapes = [shape for shape in shapes if args.only in shape.name]
+    if not torch.cuda.is_available() and not args.smoke:
+        parser.error("no CUDA device is visible: only --smoke runs without one")
+    shapes = [shape for shape in (SMOKE if args.smoke else SHAPES) if args.only in shape.name]
     if args.warm:
         warm_flex(next(shape for shape in shapes if shape.name == args.warm))
         return 0

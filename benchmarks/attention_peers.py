@@ -195,7 +195,7 @@ def block_mask(shape: Shape, ids: Tensor, image: Tensor) -> Any:
         raise Unavailable("needs CUDA: no backward on the CPU")
     from torch.nn.attention.flex_attention import create_block_mask
 
-    first, last = GitMask.from_segments(ids, image).rows.unbind(-1)
+    first, last = (x.contiguous() for x in GitMask.from_segments(ids, image).rows.unbind(-1))
 
     def allowed(b, h, q, k):
         return (k >= first[b, q]) & (k < last[b, q])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -136,12 +136,6 @@ SMOKE = (
     Shape("smoke packed 3x(5+1..4), GQA", 4, 2, 16, (((5, 1), (5, 4), (0, 3)), ((5, 2), (5, 3)))),
     Shape("smoke 7+1..5, left padded", 4, 4, 16, (((7, 1),), ((7, 5),)), padding="left", extra=True),
 )
-
-
-def for_cpu(shape: Shape) -> Shape:
-    """One row and a quarter of the heads: minutes, not hours, and the work of a row is the same."""
-    heads = {"heads": shape.heads // 4, "kv_heads": max(1, shape.kv_heads // 4)}
-    return replace(shape, segments=shape.segments[-1:], **heads)
 
 
 def reference(shape: Shape, allowed: Tensor, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:

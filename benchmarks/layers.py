@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from benchmarks import attention_peers as peers
 from benchmarks import device
 from benchmarks.attention_shapes import Shape
-from benchmarks.measure import Row, interleaved, markdown, ratios, spread
+from benchmarks.measure import IDLE_LOAD, Row, interleaved, load, machine, markdown, ratios, spread
 from benchmarks.parts import save_part
 from dsvlm.ops import GitMask
 
+RESULTS = Path(__file__).parent / "results"
 IMAGE = 576  # tokens of one image, 336 px in patches of 14
 TEXTS_PER_CAPTION = 3
 
@@ -230,17 +232,28 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="smaller layers, on the CPU")
     parser.add_argument("--bf16", action="store_true", help="on the CPU, too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write records and text there")
+    parser.add_argument("--save", action="store_true", help="write both into benchmarks/results, dated")
     args = parser.parse_args()
     if torch.cuda.is_available() == args.cpu and not args.smoke:
         parser.error("--cpu is for machines without a GPU" if args.cpu else "no CUDA device is visible: see --cpu")
     size = SMOKE if args.smoke else CPU if args.cpu else GPU
     dtype = torch.bfloat16 if torch.cuda.is_available() or args.bf16 else torch.float32
-    names = available()
+    names, at_start = available(), load()
     rows, facts = measure(size, dtype, names)
     text = render(rows, facts, size, dtype)
-    complete = peers.OURS in names
-    about = {"machine": device.machine(), "size": asdict(size)}
-    save_part(args.out, "layers", text, rows[-1:], complete, **about, records=facts)
+    about = {"machine": machine(), "load": [at_start, load()], "size": asdict(size), "records": facts}
+    text += (
+        f"\n\n{date.today()}, {torch.get_num_threads()} threads, {about['machine']['processor']}, torch "
+        f"{torch.__version__}; commit {about['machine']['commit']}; load {at_start:.2f} before; {size.repeats} "
+        "interleaved repeats, median and range."
+    )
+    if at_start > IDLE_LOAD and args.cpu:
+        text += f"\nNot publishable: the machine was busy (load above {IDLE_LOAD})."
+    save_part(args.out, "layers", text, rows[-1:], peers.OURS in names, **about)
+    if args.save:
+        name = RESULTS / f"layers-{date.today()}"
+        save_part(name.with_suffix(".json"), "layers", text, rows, peers.OURS in names, **about)
+        name.with_suffix(".md").write_text(text + "\n")
     print(text)
     return 0
 

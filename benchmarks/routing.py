@@ -1,7 +1,7 @@
-"""Expert routing measured against what else does it: `python -m benchmarks.routing [--cpu] [--out FILE]`.
+"""Expert routing on a GPU against what else does it: `python -m benchmarks.routing --out FILE`.
 
-Interleaved repeats, medians; on a GPU device time, rotating inputs, and copies of the same bytes in the same process.
-`--cpu` measures the gating that the CPU has goals for; `--smoke` takes tiny sizes, and measures nothing.
+Device time, interleaved repeats, medians, rotating inputs, and copies of the same bytes in the same process. The CPU
+has `benchmarks.routing_cpu`. `--smoke` takes tiny sizes on whatever is there: it shows that the script works.
 """
 
 import argparse
@@ -30,11 +30,9 @@ CASES = (
     Case("LIMoE-L/16", 13568, 1024, 32),
     Case("64 experts", 32768, 1024, 64),
 )
-CPU_CASES = (Case("gating", 16384, 64, 32),)
 SMOKE = (Case("smoke", 96, 8, 4), Case("smoke top-2", 64, 8, 4, 2))
 METADATA_US, COPY_MUST, COPY_GOAL = 10.0, 0.85, 0.9
-WHOLE = {peers.DEEPSPEED: 10.0, peers.TUTEL: 10.0, peers.MEGATRON: 5.0}  # on a GPU, times
-GATING = {peers.DEEPSPEED: 20.0, peers.SORTED: 3.0}  # on the CPU, times
+WHOLE = {peers.DEEPSPEED: 10.0, peers.TUTEL: 10.0, peers.MEGATRON: 5.0}  # times
 LAUNCHES = {"forward": 4, "backward": 3}
 
 
@@ -173,23 +171,22 @@ def count_launches(case: Case, sets: list[dict[str, Tensor]]) -> dict[str, list[
     return None if names is None else {"forward": names, "backward": device.launches(backward)}
 
 
-def verdicts(records: Iterable[dict], on_gpu: bool) -> list[Row]:
+def verdicts(records: Iterable[dict]) -> list[Row]:
     """What was asked for; ratios of medians."""
     rows = []
-    goals, part = (WHOLE, "whole") if on_gpu else (GATING, "gating")
     for record in records:
         found = record["peers"]
-        mine = found.get(peers.OURS, {}).get(f"{part}_ms", {}).get("median")
-        for name, goal in goals.items():
-            theirs = found.get(name, {}).get(f"{part}_ms", {})
+        mine = found.get(peers.OURS, {}).get("whole_ms", {}).get("median")
+        for name, goal in WHOLE.items():
+            theirs = found.get(name, {}).get("whole_ms", {})
             if mine and theirs:
                 ratio = theirs["median"] / mine
                 note = "its device waits for the host" if theirs["waits"] else ""
-                what = f"{part} forward + backward, against {name}: {record['case']}"
+                what = f"whole forward + backward, against {name}: {record['case']}"
                 rows.append(Row("routing", what, ratio, "x", goal=f">= {goal:g}", met=ratio >= goal, note=note))
         if found.get(peers.OURS, {}).get("wrong"):
             rows.append(Row("routing", f"error: {record['case']}", math.nan, "", goal="right", met=False))
-        if on_gpu and "parts" in record:
+        if "parts" in record:
             rows += part_verdicts(record)
     return rows
 
@@ -235,21 +232,20 @@ def render(records: list[dict], left_out: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on whatever is there: measures nothing")
-    parser.add_argument("--cpu", action="store_true", help="measure on the CPU")
     parser.add_argument("--repeats", type=int, default=50, help="timed calls of each (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=45, help="begin no case after that (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write records, verdicts and text there")
     args = parser.parse_args()
-    if torch.cuda.is_available() == args.cpu and not args.smoke:
-        parser.error("--cpu is for machines without a GPU" if args.cpu else "no CUDA device is visible: see --cpu")
+    if not torch.cuda.is_available() and not args.smoke:
+        parser.error("no CUDA device is visible: only --smoke runs without one")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    begin, records, left_out, on_gpu = time.monotonic(), [], [], torch.cuda.is_available()
-    cases = SMOKE if args.smoke else CPU_CASES if args.cpu else CASES
+    begin, records, left_out = time.monotonic(), [], []
+    cases = SMOKE if args.smoke else CASES
     about = {"repeats": args.repeats, "machine": device.machine()}
 
     def save(complete: bool) -> None:
-        text, rows = render(records, left_out), verdicts(records, on_gpu)
+        text, rows = render(records, left_out), verdicts(records)
         save_part(args.out, "routing", text, rows, complete, **about, records=records)
 
     for case in cases:
@@ -261,7 +257,7 @@ def main() -> int:
         progress(f"routing: {case.name}: {time.monotonic() - start:.1f} s")
         save(False)
     save(not left_out)
-    print(render(records, left_out), markdown(verdicts(records, on_gpu)), sep="\n\n")
+    print(render(records, left_out), markdown(verdicts(records)), sep="\n\n")
     return 0
 
 

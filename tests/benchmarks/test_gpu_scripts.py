@@ -165,15 +165,14 @@ def routed(**ms: float) -> dict:
 
 
 def test_routing_verdicts():
-    rows = routing.verdicts([routed(ours=1.0, deepspeed=12.0, tutel=9.0)], on_gpu=True)
+    rows = routing.verdicts([routed(ours=1.0, deepspeed=12.0, tutel=9.0)])
     assert [(row.value, row.met) for row in rows] == [(12.0, True), (9.0, False)]
-    assert [row.met for row in routing.verdicts([routed(ours=1.0, deepspeed=12.0)], on_gpu=False)] == [False]
     parts = {"metadata": 0.012, "permute": 1.0, "copy: permute": 0.8}
     record = routed(ours=1.0) | {
         "parts": {name: {"median": spent} for name, spent in parts.items()},
         "launches": {"forward": ["k"] * 4, "backward": ["k"] * 5},
     }
-    rows = routing.verdicts([record], on_gpu=True)
+    rows = routing.verdicts([record])
     assert [row.met for row in rows] == [False, False, True, False]
 
 
