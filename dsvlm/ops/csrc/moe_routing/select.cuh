@@ -243,6 +243,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select(const Route r) {
   }
   const int expert = segment / r.pools, pool = segment % r.pools;
   const int64_t choices = int64_t(r.logits.tokens) * r.logits.k;
+  constexpr int64_t tile = kSelectThreads * kIdsPerThread;
   int64_t first = int64_t(threadIdx.x) * kIdsPerThread;
   Ids ids = load_ids(r, first, choices);  // on their way while the segment's place is found
   place_segment(r, s, expert, pool);
@@ -251,7 +252,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select(const Route r) {
   const int load = s.own_load, kept = s.own_kept;
   const bool at_once = !r.by_priority && kept == load;
   unsigned long long* const asking = load <= kSharedAsking ? s.asking : r.asking + s.first_asking;
-  for (int found = 0; found < load;) {
+  int found = 0;
+  for (int64_t begin = 0; begin < choices && found < load; begin += tile) {
     int count;
     uint32_t mask = matches(ids, first, choices, uint32_t(segment));
     const int before = block_scan(__popc(mask), s.warp_totals, count);
@@ -263,7 +265,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select(const Route r) {
         asking[place] = (unsigned long long)choice;
     }
     found += count;
-    first += kSelectThreads * kIdsPerThread;
+    first += tile;
     if (found < load) ids = load_ids(r, first, choices);
     __syncthreads();
   }
