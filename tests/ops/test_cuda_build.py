@@ -16,6 +16,7 @@ ARCHITECTURES = os.environ.get("DSVLM_CUDA_ARCH", "80;90a").split(";")
 PLACES = (os.environ.get("PATH"), os.path.join(os.environ.get("CUDA_HOME", ""), "bin"), "/usr/local/cuda/bin")
 NVCC = next(filter(None, (shutil.which("nvcc", path=place) for place in PLACES)), None)
 GLOBAL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(")
+BUILD = "`python setup.py build_ext --inplace` builds all of it"
 HEAD_SIZES, TYPES = (64, 80, 96, 128), ("bf16", "f16")
 
 pytestmark = [
@@ -39,7 +40,7 @@ def sources() -> dict[str, set[str]]:
 @pytest.fixture(scope="module")
 def compiled() -> list[Kernel]:
     path = library.HERE / "_C.abi3.so"
-    assert path.exists(), "nvcc is here, but the library was not built: python setup.py build_ext --inplace"
+    assert path.exists(), f"nvcc is here, but the library was not built; {BUILD}"
     return kernels_of(path)
 
 
@@ -66,7 +67,7 @@ def test_every_kernel_is_there_for_every_architecture(compiled):
         for name in names:
             for architecture in ARCHITECTURES:
                 found = [kernel for kernel in named(compiled, name) if kernel.architecture == f"sm_{architecture}"]
-                assert found, f"{directory}: {name} is not in the library for sm_{architecture}"
+                assert found, f"{directory}: {name} is not in the library for sm_{architecture}; {BUILD}"
     assert {kernel.architecture for kernel in compiled} <= {f"sm_{name}" for name in ARCHITECTURES}
 
 
