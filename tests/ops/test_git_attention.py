@@ -251,3 +251,24 @@ def test_kernel_refuses_what_it_cannot_do():
         git_attention(q, k.float(), v, mask, backend="kernel")
     with pytest.raises(ValueError, match="alibi_slopes have no gradient; use backend='math'"):
         git_attention(q, k, v, mask, backend="kernel", alibi_slopes=torch.ones(4, requires_grad=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["kernel", "two_call", "flex", "sdpa", "auto"])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backends_on_a_gpu(backend, kv_heads, dtype):
+    """Against the formula in fp64, with NaN in padding; 192 positions are 64 modulo 128 (pytorch#196678)."""
+    mask = GitMask.from_lengths(130, torch.tensor([62, 10, 0, 61], device="cuda"), 192)
+    real = mask.live
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(4, 192, heads, 64) for heads in (4, kv_heads, kv_heads, 4)]
+    q, k, v, upstream = (torch.randn(s, dtype=dtype, device="cuda", generator=generator) for s in shapes)
+    upstream[~real] = 0
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = git_attention(*exact, mask, backend="math")
+    ours = [x.masked_fill(~real[:, :, None, None], float("nan")).requires_grad_() for x in (q, k, v)]
+    out = git_attention(*ours, mask, backend=backend)
+    found = (out, *torch.autograd.grad(out, ours, upstream))
+    for a, b in zip(found, (expected, *torch.autograd.grad(expected, exact, upstream.double())), strict=True):
+        assert (a[~real] == 0).all() and (a - b).norm() < 2e-2 * b.norm()
