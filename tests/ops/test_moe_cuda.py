@@ -131,7 +131,8 @@ def inputs(tokens, experts, seed, *, pools=1, modalities=1, ties=False):
     rng = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, experts, generator=rng)
     if ties:
-        logits = torch.where(torch.rand(tokens, experts, generator=rng) < 0.4, 0.0, -200.0)  # weights are 1 / n exactly
+        zeros = torch.where(logits < 0, -0.0, 0.0)  # which are equal
+        logits = torch.where(torch.rand(tokens, experts, generator=rng) < 0.4, zeros, -200.0)  # weights: 1 / n exactly
     draw = [torch.randint(0, n, (tokens,), generator=rng).to(torch.uint8) for n in (pools, modalities)]
     valid = torch.rand(tokens, generator=rng) < 0.9
     return logits, dict(pool=draw[0], modality=draw[1], valid=valid, num_modalities=modalities)
@@ -240,19 +241,21 @@ def test_weights_sums_and_gradients_are_those_of_fp64(engine, case):
         assert (found[~options["valid"]] == 0).all()
 
 
-def test_bad_rows_are_counted_and_harm_no_other(engine):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bad_rows_are_counted_and_harm_no_other(engine, policy):
     logits, options = inputs(70, 6, 6)
-    options = dict(valid=options["valid"], load_sigma=0.5)
+    options = dict(valid=options["valid"], load_sigma=0.5, policy=policy)
     options["valid"][:4] = True
     clean = logits.clone()
     logits[0, 3], logits[1, 2], logits[2] = torch.nan, torch.inf, -torch.inf
-    got, said = engine.route(logits, 2, (11,), **options), gate_of(logits, 2, options)
+    clean[60:] = logits[60:] = torch.tensor([-200.0, -200, 0, -200, -200, -200])  # second choices of weight 0
+    got, said = engine.route(logits, 2, (17,), **options), gate_of(logits, 2, options)
     assert got.bad_rows == 3
     assert torch.equal(got.index, said.index.int()) and got.index[:3].tolist() == [[0, 1]] * 3
     assert got.weight[:3].isnan().all() and got.lse[:3].isnan().all() and got.prob_sum.isnan().all()
     assert got.ent_sum.isnan().all() and got.z2_sum.isnan().all() and got.loadp_sum.isnan().all()
-    assert_selected(got, said, got.weight, options, (11,))
-    others = engine.route(clean, 2, (11,), **options)
+    assert_selected(got, said, got.weight, options, (17,))
+    others = engine.route(clean, 2, (17,), **options)
     assert torch.equal(got.weight[3:], others.weight[3:])
     grad = engine.route_backward([torch.ones(70, 2), *[None] * 4], logits, got, **options)
     assert grad[:3].isnan().all() and grad[3:].isfinite().all()

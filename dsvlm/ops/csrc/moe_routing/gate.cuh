@@ -11,7 +11,7 @@ constexpr size_t kGateShared = 96 * 1024;  // two blocks on an SM; fewer threads
 // of this one. A best weight is at least 1 / 1024, so 27 bits tell them all apart.
 __device__ __forceinline__ uint32_t priority_key(Policy policy, int rank, float best, float own, bool bad) {
   constexpr uint32_t one = 0x3f800000u;
-  if (policy == Policy::position) return uint32_t(rank);
+  if (policy == Policy::position) return uint32_t(rank) * 2 + bad;
   if (policy == Policy::probs) return bad ? one + 1 : one - __float_as_uint(own);
   constexpr uint32_t last = (1u << 27) - 1;
   return uint32_t(rank) << 27 | (bad ? last : one - __float_as_uint(best));
