@@ -30,6 +30,11 @@ def kernel_refuses(x: Tensor) -> str:
 @torch.compiler.assume_constant_result
 def has_kernel(device: str) -> bool:
     """Whether the library is there, and was built with the ops for this type of device."""
+    return built_for(device)
+
+
+@functools.cache
+def built_for(device: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     return registered() and all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dsvlm::{op}", key) for op in OPS)
 

@@ -37,16 +37,22 @@ class Backward {
  private:
   void tile(const Tile<Real>& t) {
     t.read(static_cast<const T*>(r.logits), r.tokens, r.experts, clean);
-    int64_t last[lanes];
-    choice(t, r.k - 1, last);
-    V eta = Tile<Real>::gather(clean, last), inner{};
+    V inner{};
     if (r.noise) {
       t.read(static_cast<const Real*>(r.noise), r.tokens, r.experts, noisy);
       for (int64_t e = 0; e < r.experts; ++e) noisy[e] += clean[e];
-      eta = Tile<Real>::gather(noisy, last);
+    }
+    int64_t last[lanes] = {};
+    V eta{};
+    if (call.grad_loadp) {
+      choice(t, r.k - 1, last);
+      eta = Tile<Real>::gather(r.noise ? noisy : clean, last);
     }
     V lse{};
-    for (int lane = 0; lane < t.count; ++lane) lse[lane] = static_cast<const Real*>(call.lse)[t.first + lane];
+    if (t.count == lanes)
+      lse = load(static_cast<const Real*>(call.lse) + t.first);
+    else
+      for (int lane = 0; lane < t.count; ++lane) lse[lane] = static_cast<const Real*>(call.lse)[t.first + lane];
     for (int64_t e = 0; e < r.experts; ++e) probs[e] = exp_of(at_least_smallest<Real>(clean[e] - lse));
     if (call.grad_weight) inner = through_weights(t);
     if (t.uniform) {
@@ -86,8 +92,8 @@ class Backward {
       score[k] = Tile<Real>::gather(s, at);
       upstream[k] = V{};
       for (int lane = 0; lane < t.count; ++lane)
-        if (t.live[lane])
-          upstream[k][lane] = static_cast<const Real*>(call.grad_weight)[(t.first + lane) * r.k + k];
+        upstream[k][lane] = static_cast<const Real*>(call.grad_weight)[(t.first + lane) * r.k + k];
+      upstream[k] = t.live ? upstream[k] : V{};
       sum += score[k];
       product += score[k] * upstream[k];
     }

@@ -10,14 +10,28 @@ using namespace routing;
 template <class V, class I>
 inline void best(const V* x, int64_t experts, int64_t k, V* value, I* index) {
   if (k == 1) {
-    V top = x[0];
-    I at{};
-    for (int64_t e = 1; e < experts; ++e) {
-      at = x[e] > top ? all<I>(e) : at;
-      top = x[e] > top ? x[e] : top;
+    constexpr int ways = 4;  // comparisons that do not wait for each other
+    V top[ways];
+    I at[ways];
+    for (int w = 0; w < ways; ++w) {
+      top[w] = x[w < experts ? w : 0];
+      at[w] = all<I>(w < experts ? w : 0);
     }
-    value[0] = top;
-    index[0] = at;
+    for (int64_t e = ways; e < experts; e += ways) {
+      for (int w = 0; w < ways && e + w < experts; ++w) {
+        const V v = x[e + w];
+        at[w] = v > top[w] ? all<I>(e + w) : at[w];
+        top[w] = v > top[w] ? v : top[w];
+      }
+    }
+    for (int w = 1; w < ways; ++w) {
+      const I over = (top[w] > top[0]) | ((top[w] == top[0]) & (at[w] < at[0]));
+      at[0] = over ? at[w] : at[0];
+      // NaN of any way stays: the row is bad, and its sum will say so
+      top[0] = over ? top[w] : top[0];
+    }
+    value[0] = top[0];
+    index[0] = at[0];
     return;
   }
   for (int64_t e = 0; e < experts; ++e) {
@@ -61,7 +75,7 @@ class Forward {
     const int64_t end = begin + moe::kBlock < r.tokens ? begin + moe::kBlock : r.tokens;
     const int64_t size = moe::partial_size(r);
     for (int64_t i = 0; i < size; ++i) sums[i] = V{};
-    bad_rows = 0;
+    bad_rows = I{};
     for (int64_t first = begin; first < end; first += lanes) tile(Tile<Real>(r, first, end));
     Real* const partial = static_cast<Real*>(call.partial) + block * size;
     for (int64_t i = 0; i < size; ++i) {
@@ -69,7 +83,8 @@ class Forward {
       for (int lane = 0; lane < lanes; ++lane) sum += sums[i][lane];
       partial[i] = sum;
     }
-    call.bad[block] = bad_rows;
+    call.bad[block] = 0;
+    for (int lane = 0; lane < lanes; ++lane) call.bad[block] += static_cast<int32_t>(bad_rows[lane]);
   }
 
  private:
@@ -96,15 +111,14 @@ class Forward {
     exponentials<Real>(clean, r.experts, clean_top, total, product);
     if (!r.noise) noisy_total = total;
     const I bad = t.live & (noisy_total != noisy_total);
-    for (int lane = 0; lane < lanes; ++lane) bad_rows -= static_cast<int32_t>(bad[lane]);
+    bad_rows -= bad;  // true is -1
     choices(t, bad, top, Real(1) / noisy_total);
 
     const V inverse = bad ? nan : Real(1) / total;
     const V log_total = log_of(total);
     const V lse = bad ? nan : clean_top + log_total;
     const V entropy = log_total - product * inverse;
-    for (int lane = 0; lane < t.count; ++lane)
-      static_cast<Real*>(call.lse)[t.first + lane] = t.live[lane] ? lse[lane] : Real(0);
+    put(t, static_cast<Real*>(call.lse), 1, 0, t.live ? lse : V{});
     t.for_each_kind([&](int64_t m, I mask) {
       V* const prob_sum = sums + m * r.experts;
       V* const loadp_sum = sums + (r.modalities + m) * r.experts;
@@ -135,21 +149,29 @@ class Forward {
         key = all<I>(moe::kZeroScore<Key>) - bits_as<I>(by);
       }
       key = asks ? (bad ? all<I>(moe::kBad<Key>) : key) : all<I>(moe::kAsksNothing<Key>);
-      for (int lane = 0; lane < t.count; ++lane) {
-        const int64_t at = (t.first + lane) * r.k + k;
-        static_cast<Real*>(call.weight)[at] = weight[lane];
-        static_cast<Key*>(call.key)[at] = static_cast<Key>(key[lane]);
-        call.index[at] = static_cast<int32_t>(chosen[lane]);
-      }
+      put(t, static_cast<Real*>(call.weight), r.k, k, weight);
+      put(t, static_cast<Key*>(call.key), r.k, k, key);
+      put(t, call.index, r.k, k, chosen);
     }
+  }
+
+  // matrix[token, column] of each lane.
+  template <class To, class Lanes>
+  static void put(const Tile<Real>& t, To* matrix, int64_t columns, int64_t column, Lanes lane_values) {
+    To values[lanes];
+    for (int lane = 0; lane < lanes; ++lane) values[lane] = static_cast<To>(lane_values[lane]);
+    To* const to = matrix + t.first * columns + column;
+    if (columns == 1 && t.count == lanes)
+      __builtin_memcpy(to, values, sizeof values);
+    else
+      for (int lane = 0; lane < t.count; ++lane) to[lane * columns] = values[lane];
   }
 
   static constexpr Real infinity = __builtin_huge_val();
   const moe::GateForward& call;
   const moe::Router& r;
   V *clean, *noisy, *load, *value, *sums;
-  I* index;
-  int32_t bad_rows = 0;
+  I *index, bad_rows{};
 };
 
 }  // namespace

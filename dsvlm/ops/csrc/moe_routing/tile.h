@@ -22,6 +22,12 @@ struct Tile {
   Tile(const moe::Router& r, int64_t first, int64_t end)
       : first(first), count(static_cast<int>(end - first < lanes ? end - first : lanes)) {
     all_live = uniform = true;
+    if (count == lanes && !r.valid && !r.modality) {
+      live = all<I>(-1);
+      kind = I{};
+      kind_of_first = 0;
+      return;
+    }
     kind_of_first = -1;
     for (int lane = 0; lane < lanes; ++lane) {
       const bool alive = lane < count && (!r.valid || r.valid[first + lane]);
@@ -53,38 +59,54 @@ struct Tile {
   void read(const T* matrix, int64_t tokens, int64_t experts, V* columns) const {
     const T* const end = matrix + tokens * experts;
     for (int64_t e = 0; e < experts; e += lanes) {
+      const T* const from = matrix + first * experts + e;
       V rows[lanes];
-      for (int lane = 0; lane < lanes; ++lane) {
-        const T* from = matrix + (first + (lane < count ? lane : count - 1)) * experts + e;
-        T part[lanes] = {};
-        if (from + lanes > end) {  // elsewhere a short row may be read beyond its end, and what follows is dropped
-          for (int64_t i = 0; i < end - from; ++i) part[i] = from[i];
-          from = part;
+      // a short row may be read beyond its end, as what follows is dropped, but not beyond the end of everything
+      if (count == lanes && from + (lanes - 1) * experts + lanes <= end) {
+#pragma GCC unroll 16
+        for (int lane = 0; lane < lanes; ++lane) rows[lane] = load(from + lane * experts);
+      } else {
+        for (int lane = 0; lane < lanes; ++lane) {
+          T part[lanes] = {};
+          const T* const row = from + (lane < count ? lane : 0) * experts;
+          for (int64_t i = 0; i < lanes && row + i < end; ++i) part[i] = row[i];
+          rows[lane] = load(part);
         }
-        rows[lane] = load(from);
       }
       transpose<lanes / 2, lanes>(rows);
-      const int64_t n = experts - e < lanes ? experts - e : lanes;
-      for (int64_t i = 0; i < n; ++i) columns[e + i] = all_live ? rows[i] : live ? rows[i] : V{};
+      if (e + lanes <= experts) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) columns[e + i] = rows[i];
+      } else {
+        for (int64_t i = 0; i < experts - e; ++i) columns[e + i] = rows[i];
+      }
     }
+    if (!all_live)
+      for (int64_t e = 0; e < experts; ++e) columns[e] = live ? columns[e] : V{};
   }
 
   template <class T>
   void write(T* matrix, int64_t experts, const V* columns) const {
     for (int64_t e = 0; e < experts; e += lanes) {
+      T* const to = matrix + first * experts + e;
       const int64_t n = experts - e < lanes ? experts - e : lanes;
       V rows[lanes];
-      for (int64_t i = 0; i < lanes; ++i) rows[i] = i < n ? columns[e + i] : V{};
+      if (n == lanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) rows[i] = columns[e + i];
+      } else {
+        for (int64_t i = 0; i < lanes; ++i) rows[i] = i < n ? columns[e + i] : V{};
+      }
       transpose<lanes / 2, lanes>(rows);
+      if (n == lanes && count == lanes) {
+#pragma GCC unroll 16
+        for (int lane = 0; lane < lanes; ++lane) store(to + lane * experts, rows[lane]);
+        continue;
+      }
       for (int lane = 0; lane < count; ++lane) {
-        T* const to = matrix + (first + lane) * experts + e;
-        if (n == lanes) {
-          store(to, rows[lane]);
-        } else {
-          T part[lanes];
-          store(part, rows[lane]);
-          for (int64_t i = 0; i < n; ++i) to[i] = part[i];
-        }
+        T part[lanes];
+        store(part, rows[lane]);
+        for (int64_t i = 0; i < n; ++i) to[lane * experts + i] = part[i];
       }
     }
   }
