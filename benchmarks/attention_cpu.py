@@ -120,11 +120,12 @@ def main() -> None:
 
 
 def render(report: dict) -> str:
-    about = report["machine"]
+    about, one = report["machine"], report["threads"] == 1
+    how = "1 thread, processor time" if one else f"{report['threads']} threads, time by the clock"
     lines = [
         markdown(Row(**row) for row in report["rows"]), "",
         f"Speed-up over scaled_dot_product_attention with a dense bool mask: median and range of {report['repeats']} "
-        f"interleaved repeats (fewer for the longest), {report['threads']} threads, {about['processor']}, torch "
+        f"interleaved repeats (fewer for the longest), {how}, {about['processor']}, torch "
         f"{about['versions']['torch']}, commit {about['commit']}, {report['date']}; load {report['load'][0]:.2f} "
         f"before, {report['load'][1]:.2f} after.",
     ]  # fmt: skip
