@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsvlm.ops import moe_reference as reference
-from dsvlm.ops.moe_kernel import kernel_refuses
+from dsvlm.ops.moe_kernel import Combine, Permute, Route, kernel_refuses
 
 BACKENDS = ("auto", "kernel", "torch")
 POLICIES = ("bpr", "position", "probs")
@@ -102,7 +102,7 @@ def moe_route(
         modality, pool = (x if x is None else x.to(torch.uint8) for x in (modality, pool))
         logits, *given = (x if x is None else x.contiguous() for x in (logits, noise, modality, valid, pool))
         sizes = k, limits, max_rows, align, policy, slot_order, renormalize, num_modalities, load_sigma
-        return Routing(*torch.ops.dsvlm.moe_route(logits, *given, *sizes))
+        return Routing(*Route.apply(logits, *given, *sizes))
     said = reference.gate(
         logits, noise, modality, valid, k=k, renormalize=renormalize, num_modalities=num_modalities,
         load_sigma=load_sigma,
@@ -123,7 +123,7 @@ def moe_permute(x: Tensor, src: Tensor, slot: Tensor, *, backend: str = "auto") 
     if x.dim() != 2 or slot.dim() != 2 or slot.shape[0] != x.shape[0]:
         raise ValueError(f"moe_permute: x {list(x.shape)}, slot {list(slot.shape)}; expected [N, d] and [N, K]")
     if _served_by_kernel("moe_permute", backend, x):
-        return torch.ops.dsvlm.moe_permute(x.contiguous(), src, slot)
+        return Permute.apply(x.contiguous(), src, slot)
     return reference.permute(x, src, slot.shape[1])
 
 
@@ -139,7 +139,7 @@ def moe_combine(y: Tensor, weight: Tensor, slot: Tensor, src: Tensor, *, backend
         )
     weight = weight.to(torch.promote_types(y.dtype, torch.float32))
     if _served_by_kernel("moe_combine", backend, y):
-        return torch.ops.dsvlm.moe_combine(y.contiguous(), weight.contiguous(), slot, src)
+        return Combine.apply(y.contiguous(), weight.contiguous(), slot, src)
     return reference.combine(y, weight, slot)
 
 
