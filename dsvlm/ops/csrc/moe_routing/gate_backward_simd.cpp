@@ -57,10 +57,12 @@ class Backward {
     if (call.grad_weight) inner = through_weights(t);
     if (t.uniform) {
       const Real* g = static_cast<const Real*>(call.grad_prob) + t.kind_of_first * r.experts;
-      sums(t, lse, inner, [g](int64_t e) { return all<V>(g[e]); });
+      const auto of_prob = [g](int64_t e) { return all<V>(g[e]); };
+      call.grad_ent ? sums<true>(t, lse, inner, of_prob) : sums<false>(t, lse, inner, of_prob);
     } else {
       spread(t, call.grad_prob);
-      sums(t, lse, inner, [this](int64_t e) { return table[e]; });
+      const auto of_prob = [this](int64_t e) { return table[e]; };
+      call.grad_ent ? sums<true>(t, lse, inner, of_prob) : sums<false>(t, lse, inner, of_prob);
     }
     if (call.grad_weight) {
       for (int64_t k = 0; k < r.k; ++k) {
@@ -108,21 +110,22 @@ class Backward {
   }
 
   // probs becomes the gradient, but for what goes to the choices alone.
-  template <class Gradient>
+  template <bool of_entropy, class Gradient>
   void sums(const Tile<Real>& t, V lse, V inner, Gradient of_prob) {
     V of_ent{}, of_z2{}, dot{}, entropy{};
     t.for_each_kind([&](int64_t m, I mask) {
-      of_ent = mask ? all<V>(static_cast<const Real*>(call.grad_ent)[m]) : of_ent;
+      if (of_entropy) of_ent = mask ? all<V>(static_cast<const Real*>(call.grad_ent)[m]) : of_ent;
       of_z2 = mask ? all<V>(static_cast<const Real*>(call.grad_z2)[m]) : of_z2;
     });
     for (int64_t e = 0; e < r.experts; ++e) {
       dot += probs[e] * of_prob(e);
-      entropy -= probs[e] * at_least_smallest<Real>(clean[e] - lse);
+      if (of_entropy) entropy -= probs[e] * at_least_smallest<Real>(clean[e] - lse);
     }
     const V shared = Real(2) * of_z2 * lse - dot - of_ent * entropy - (r.noise ? V{} : inner);
     for (int64_t e = 0; e < r.experts; ++e) {
-      const V log_prob = at_least_smallest<Real>(clean[e] - lse);
-      probs[e] *= of_prob(e) - of_ent * log_prob + shared;
+      V factor = of_prob(e) + shared;
+      if (of_entropy) factor -= of_ent * at_least_smallest<Real>(clean[e] - lse);
+      probs[e] *= factor;
     }
     if (r.noise && call.grad_weight)
       for (int64_t e = 0; e < r.experts; ++e) probs[e] -= noisy[e] * inner;
