@@ -310,6 +310,23 @@ def test_bits_repeat_on_any_number_of_threads(op, batch, kv_heads):
         torch.set_num_threads(threads)
 
 
+def test_a_little_work_wakes_no_threads():
+    """A process of its own counts its threads; a call that shares out 10 us is slow where cores are taken."""
+    code = """
+import os, torch
+from dsvlm.ops.library import library
+library(), torch.set_num_threads(4)
+for length in (32, 256):
+    q, rows = torch.ones(2, length, 4, 16), torch.tensor([0, length], dtype=torch.int32).expand(1, length, 2)
+    before = len(os.listdir("/proc/self/task"))
+    out, lse = torch.ops.dsvlm.git_attention_forward(q, q, q, rows, None, 1.0)
+    torch.ops.dsvlm.git_attention_backward(out, q, q, q, out, lse, rows, None, 1.0)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0", "3"], done.stdout + done.stderr
+
+
 def test_rows_may_serve_the_whole_batch(op):
     layout = Layout.packed([(40, 30), (17, 9)], length=120)
     inputs = [x.expand(3, -1, -1, -1) * torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kShortSpan = 64;    // queries; shorter spans are joined with the next one
 constexpr int64_t kQueryChunk = 192;  // queries; a multiple of every tile, so that cuts leave tiles as they are
 constexpr int64_t kFewTasks = 4;      // for each thread
+constexpr double kGrain = 1 << 20;    // multiplications for scores that are worth another thread, about 50 us
 constexpr int64_t kAlignment = 64;
 
 // The rows of one batch row, put right: within [0, keys), empty ones (0, 0).
@@ -70,6 +71,7 @@ struct Plan {
   std::vector<std::vector<uint8_t>> live;
   std::vector<Task> tasks;
   int64_t most_keys = 0;
+  double work = 0;  // multiplications for scores
 };
 
 // chunk: queries of a task at most, 0 = no limit.
@@ -90,19 +92,25 @@ Plan make_plan(const Tensor& rows, int64_t batch, const Attention& a, int64_t ch
         plan.most_keys = std::max<int64_t>(plan.most_keys, part.key_end - part.key_begin);
       }
   }
+  const double per_pair = double(a.heads / a.kv_heads) * a.dim;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t entry = rows.size(0) == 1 ? 0 : b;
     for (int64_t head = 0; head < a.kv_heads; ++head)
-      for (const Span& span : spans[entry])
+      for (const Span& span : spans[entry]) {
         plan.tasks.push_back({b, head, plan.rows[entry].data(), plan.live[entry].data(), span});
+        plan.work += double(span.query_end - span.query_begin) * (span.key_end - span.key_begin) * per_pair;
+      }
   }
   return plan;
 }
 
 // Threads take tasks in turn; each task writes what no other does, so that results do not depend on who takes it.
+// A little work wakes nobody: on a busy machine the call would wait for a thread that has no core.
 template <class Run>
-void run_tasks(const std::vector<Task>& tasks, int64_t scratch_bytes, Run run) {
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
+void run_tasks(const Plan& plan, int64_t scratch_bytes, Run run) {
+  const std::vector<Task>& tasks = plan.tasks;
+  const int64_t worth = 1 + static_cast<int64_t>(plan.work / kGrain);
+  const int64_t workers = std::min<int64_t>({torch::stable::get_num_threads(), worth, int64_t(tasks.size())});
   std::atomic<size_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     const std::unique_ptr<char[]> memory(new char[scratch_bytes + kAlignment]);
@@ -164,7 +172,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   const bool few = q.size(0) * a.kv_heads < kFewTasks * torch::stable::get_num_threads();
   const Plan plan = make_plan(contiguous(rows), q.size(0), a, few ? kQueryChunk : 0);
   const int64_t scratch = DSVLM_CALL_SIMD(attention_forward_scratch, a, plan.most_keys);
-  run_tasks(plan.tasks, scratch, [&](const Task& task, void* memory) {
+  run_tasks(plan, scratch, [&](const Task& task, void* memory) {
     DSVLM_CALL_SIMD(attention_forward, a, task, memory);
   });
   return {out, lse};
@@ -193,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   a.grad_q = operand(grad_q), a.grad_k = operand(grad_k), a.grad_v = operand(grad_v);
   const Plan plan = make_plan(contiguous(rows), q.size(0), a, 0);
   const int64_t scratch = DSVLM_CALL_SIMD(attention_backward_scratch, a, plan.most_keys);
-  run_tasks(plan.tasks, scratch, [&](const Task& task, void* memory) {
+  run_tasks(plan, scratch, [&](const Task& task, void* memory) {
     DSVLM_CALL_SIMD(attention_backward, a, task, memory);
   });
   return {grad_q, grad_k, grad_v};
