@@ -35,13 +35,7 @@ def git_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"git_attention: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    queries, fits = mask.rows.shape[1], len(mask.rows) in (1, q.shape[0])
-    if q.shape[2] % k.shape[2] or k.shape[1] != mask.kv_len or q.shape[1] != queries or k.shape != v.shape or not fits:
-        raise ValueError(
-            f"git_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and a mask of rows "
-            f"{tuple(mask.rows.shape)} and {mask.kv_len} keys do not fit; expected [B, S, H, D], [B, kv_len, Hk, D], "
-            "H a multiple of Hk"
-        )
+    check(q, k, v, mask, alibi_slopes)
     if backend == "auto":
         backend = choose(q, k, v, mask, alibi_slopes, dropout)
     refuse(backend, q, mask, alibi_slopes, dropout)
@@ -49,9 +43,11 @@ def git_attention(
     if backend == "kernel":
         return kernel(q, k, v, mask.rows, scale, alibi_slopes)
 
-    live = mask.live[:, :, None, None]
     allowed = mask.dense() if backend in ("sdpa", "math") else None
-    live_key = (mask.live_keys if allowed is None else allowed.any(dim=-2)[:, 0])[:, :, None, None]
+    live, live_key = mask.live, mask.live_keys
+    if allowed is not None:  # the square knows more: who sees nothing but padding, and whom nobody sees
+        live, live_key = allowed.any(dim=-1)[:, 0], allowed.any(dim=-2)[:, 0]
+    live, live_key = live[:, :, None, None], live_key[:, :, None, None]
     # a masked score has weight 0, but 0 * NaN is NaN: padding is cut out of the products and of their gradients
     q, k, v = torch.where(live, q, 0), torch.where(live_key, k, 0), torch.where(live_key, v, 0)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -66,6 +62,33 @@ def git_attention(
     else:
         out = math(q, k, v, allowed, scale, alibi_slopes, dropout)
     return torch.where(live, out.transpose(1, 2), 0)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor | None) -> None:
+    """ValueError if the inputs do not fit each other, whatever backend is to serve them."""
+    if not isinstance(mask, GitMask):
+        found = type(mask).__name__
+        raise ValueError(f"git_attention: the mask is a GitMask, found {found}; make one by GitMask.from_segments")
+    rows, shapes = mask.rows, [tuple(x.shape) for x in (q, k, v)]
+    if any(len(shape) != 4 for shape in shapes) or k.shape[2] == 0 or q.shape[3] == 0:
+        fits = False
+    else:
+        (batch, queries, heads, size), kv_heads = q.shape, k.shape[2]
+        fits = heads % kv_heads == 0 and k.shape == v.shape == (batch, mask.kv_len, kv_heads, size)
+        fits = fits and rows.ndim == 3 and len(rows) in (1, batch) and rows.shape[1:] == (queries, 2)
+    if not fits:
+        raise ValueError(
+            f"git_attention: q {shapes[0]}, k {shapes[1]}, v {shapes[2]} and a mask of rows {tuple(rows.shape)} and "
+            f"{mask.kv_len} keys do not fit; expected [B, S, H, D], [B, kv_len, Hk, D], H a multiple of Hk, and rows "
+            "[B or 1, S, 2]"
+        )
+    if rows.dtype != torch.int32:
+        raise ValueError(f"git_attention: rows of a GitMask are int32, found {rows.dtype}; convert them by .int()")
+    if alibi_slopes is not None and alibi_slopes.shape != q.shape[2:3]:
+        raise ValueError(
+            f"git_attention: alibi_slopes are [H], one for each of {q.shape[2]} heads, found "
+            f"{tuple(alibi_slopes.shape)}"
+        )
 
 
 def refuse(backend: str, q: Tensor, mask: GitMask, alibi_slopes: Tensor | None, dropout: float) -> None:

@@ -32,7 +32,7 @@ def math(
     if alibi_slopes is not None:
         key = torch.arange(k.shape[2], device=q.device)
         query = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        scores = scores + alibi_slopes[:, None, None] * (key - query[:, None])
+        scores = scores + alibi_slopes.to(scores.dtype)[:, None, None] * (key - query[:, None])
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(dim=-1).to(q.dtype)
     if dropout > 0.0:
@@ -55,8 +55,10 @@ def two_call(q: Tensor, k: Tensor, v: Tensor, images: int, scale: float) -> Tens
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, scale: float, alibi_slopes: Tensor | None) -> Tensor:
     """FlexAttention, compiled on CUDA; on the CPU not compiled and without gradients."""
 
+    slopes = None if alibi_slopes is None else alibi_slopes.float()
+
     def alibi(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + alibi_slopes[head] * (key - query)
+        return score + slopes[head] * (key - query)
 
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
@@ -66,7 +68,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, scale: float, alibi_slo
     attend = compiled_flex() if q.device.type == "cuda" and not torch.compiler.is_compiling() else flex_attention
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
-        return attend(q, k, v, score_mod=None if alibi_slopes is None else alibi, **options)
+        return attend(q, k, v, score_mod=None if slopes is None else alibi, **options)
 
 
 @functools.cache

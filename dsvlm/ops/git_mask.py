@@ -51,7 +51,8 @@ class GitMask:
             raise ValueError(f"GitMask.from_lengths: padding is 'right' or 'left', found {padding!r}")
         slots = image_lens if image_slots is None else image_slots
         least = [n for n in (slots, text_lens) if isinstance(n, int)]
-        if sum(least) > seq_len or (isinstance(image_lens, int) and slots < image_lens):
+        known = isinstance(image_lens, int)
+        if min(least, default=0) < 0 or sum(least) > seq_len or (known and not 0 <= image_lens <= slots):
             raise ValueError(
                 f"GitMask.from_lengths: {image_lens} image tokens (image_slots {image_slots}) and {text_lens} text "
                 f"tokens do not fit seq_len {seq_len}"
@@ -68,7 +69,7 @@ class GitMask:
         is_text = (position >= text) & (position < text + texts)
         last = torch.where(is_image, image + images, position + 1)
         rows = torch.stack(torch.broadcast_tensors(torch.where(images > 0, image, text), last), dim=-1)
-        known = isinstance(image_lens, int) and slots == image_lens and padding == "right"
+        known = known and slots == image_lens and padding == "right"
         return cls(_masked(rows, is_image | is_text), seq_len, image_lens if known else None, packed=False)
 
     @classmethod

@@ -84,9 +84,15 @@ def test_two_calls_equal_the_formula(images, texts):
 
 @pytest.mark.parametrize("backend", [KERNEL, "math", "auto"])
 @pytest.mark.parametrize("layout", ["compact", "packed"])
-def test_alibi_is_relative_distance(backend, layout):
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
-    assert_equals_the_formula(masks()[layout], backend, slopes=slopes)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alibi_is_relative_distance(backend, layout, dtype):
+    """Slopes of less precision than the scores are what they are: their products with distances are not rounded."""
+    slopes = torch.tensor([0.7, 0.3, 0.11, 0.07], dtype=dtype)
+    assert_equals_the_formula(masks()[layout], backend, slopes=slopes.double())
+    mask, given = masks()[layout], (slopes, slopes.double())
+    torch.testing.assert_close(
+        *(git_attention(*inputs(), mask, alibi_slopes=x, backend=backend) for x in given), rtol=1e-12, atol=1e-12
+    )
 
 
 @torch.no_grad()
@@ -122,6 +128,18 @@ def test_padding_of_nan_reaches_nothing(backend, layout):
         assert all((a.grad[~real] == 0).all() for a in x)
     for a, b in zip(clean, poisoned, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("backend", [KERNEL, "sdpa", "math", "auto"])
+def test_queries_that_see_only_padding_give_zero(backend):
+    rows = torch.tensor([[[0, 0], [0, 1], [2, 4], [2, 4]]], dtype=torch.int32)
+    x = inputs(width=4)
+    for a in x:
+        a.data[:, 0] = float("nan")
+    out = git_attention(*x, GitMask(rows, 4), backend=backend)
+    gradients = torch.autograd.grad(out.sum(), x)
+    assert (out[:, :2] == 0).all() and (out[:, 2:] != 0).all()
+    assert all((g[:, :2] == 0).all() and g.isfinite().all() for g in gradients)
 
 
 def test_text_never_influences_images_and_text_sees_images():
@@ -223,10 +241,21 @@ def test_refuses_what_it_cannot_do():
     q, k, v = inputs()
     with pytest.raises(ValueError, match="unknown backend 'flash'"):
         git_attention(q, k, v, mask, backend="flash")
-    with pytest.raises(ValueError, match="do not fit"):
-        git_attention(q, k[:, :3], v[:, :3], mask)
-    with pytest.raises(ValueError, match="do not fit"):
-        git_attention(q, k, v, GitMask(mask.rows[:2], WIDTH))
+    misfits = (
+        (q, k[:, :3], v[:, :3], mask), (q, k, v, GitMask(mask.rows[:2], WIDTH)), (q, k[:1], v[:1], mask),
+        (q, k[..., :4], v[..., :4], mask), (q, k[:, :, :0], v[:, :, :0], mask), (q[0], k[0], v[0], mask),
+        (q[:, :, :3], k, v, mask), (q[..., :0], k[..., :0], v[..., :0], mask), (q, k, v, GitMask(mask.rows[0], WIDTH)),
+    )  # fmt: skip
+    for backend in ("auto", "kernel", "sdpa", "math"):
+        for misfit in misfits:
+            with pytest.raises(ValueError, match="do not fit"):
+                git_attention(*misfit, backend=backend)
+        with pytest.raises(ValueError, match="are int32, found torch.int64"):
+            git_attention(q, k, v, GitMask(mask.rows.long(), WIDTH), backend=backend)
+        with pytest.raises(ValueError, match="is a GitMask, found Tensor"):
+            git_attention(q, k, v, mask.dense(), backend=backend)
+    with pytest.raises(ValueError, match=r"one for each of 4 heads, found \(1,\)"):
+        git_attention(q, k, v, mask, backend="math", alibi_slopes=torch.ones(1))
     for backend in ("kernel", "two_call", "flex", "sdpa"):
         with pytest.raises(ValueError, match="backend='math'"):
             git_attention(q, k, v, mask, backend=backend, dropout=0.1)

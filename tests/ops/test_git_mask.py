@@ -103,6 +103,9 @@ def test_lengths_that_do_not_fit_are_refused():
         GitMask.from_lengths(4, 5, 8)
     with pytest.raises(ValueError, match="image_slots 3.* do not fit"):
         GitMask.from_lengths(4, 2, 8, image_slots=3)
+    for images, texts in ((-1, 2), (1, -2)):
+        with pytest.raises(ValueError, match="do not fit seq_len 8"):
+            GitMask.from_lengths(images, texts, 8)
     with pytest.raises(ValueError, match="found 'both'"):
         GitMask.from_lengths(4, 2, 8, padding="both")
 
