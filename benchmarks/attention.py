@@ -150,8 +150,9 @@ def verdicts(records: Iterable[dict]) -> list[Row]:
                 what = f"share of the byte floor: {record['shape']}, {title}"
                 rows.append(against(what, record["floor_ms"][f"{mode}_bytes"] / mine, "", FLOOR_MUST, FLOOR_GOAL))
         mine = record["peers"].get(peers.OURS, {})
-        if mine.get("wrong"):
-            rows.append(Row("attention", f"error: {record['shape']}", math.nan, "", goal="right", met=False))
+        if mine.get("wrong") or "skipped" in mine:
+            what, note = f"error: {record['shape']}", mine.get("skipped", "")
+            rows.append(Row("attention", what, math.nan, "", goal="right", met=False, note=note))
     return rows
 
 

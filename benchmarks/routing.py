@@ -184,8 +184,10 @@ def verdicts(records: Iterable[dict]) -> list[Row]:
                 note = "its device waits for the host" if theirs["waits"] else ""
                 what = f"whole forward + backward, against {name}: {record['case']}"
                 rows.append(Row("routing", what, ratio, "x", goal=f">= {goal:g}", met=ratio >= goal, note=note))
-        if found.get(peers.OURS, {}).get("wrong"):
-            rows.append(Row("routing", f"error: {record['case']}", math.nan, "", goal="right", met=False))
+        ours = found.get(peers.OURS, {})
+        if ours.get("wrong") or "skipped" in ours:
+            what, note = f"error: {record['case']}", ours.get("skipped", "")
+            rows.append(Row("routing", what, math.nan, "", goal="right", met=False, note=note))
         if "parts" in record:
             rows += part_verdicts(record)
     return rows

@@ -148,6 +148,8 @@ def test_verdicts_follow_the_goals():
     assert [(row.value, row.met) for row in short] == [(0.5, True)] * 2
     wrong = attention.verdicts([record("c", times={peers.OURS: -1.0})])
     assert [row.met for row in wrong] == [False] and "error" in wrong[0].what
+    failed = record("d", times={}) | {"peers": {peers.OURS: {"skipped": "RuntimeError: no"}}}
+    assert [(row.met, row.note) for row in attention.verdicts([failed])] == [(False, "RuntimeError: no")]
 
 
 def test_choices_are_the_fastest_that_all_shapes_can_take():

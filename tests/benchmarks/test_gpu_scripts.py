@@ -172,6 +172,8 @@ def test_routing_verdicts():
     }
     rows = routing.verdicts([record])
     assert [row.met for row in rows] == [False, False, True, False]
+    rows = routing.verdicts([{"case": "c", "peers": {peers.OURS: {"skipped": "RuntimeError: no"}}}])
+    assert [(row.met, row.note) for row in rows] == [(False, "RuntimeError: no")]
 
 
 def test_layers_compute_the_same_in_any_cut():
