@@ -34,9 +34,11 @@ reserve=10 # seconds kept for the report
 begin=$SECONDS failed=0 pids=() names=()
 
 build() { # with CUDA code where nvcc is, for this device; else what lies there has to hold it
-    case $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) in
+    local capability
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+    case $capability in
         9.0) export DSVLM_CUDA_ARCH=${DSVLM_CUDA_ARCH:-90a} ;;
-        8.*) export DSVLM_CUDA_ARCH=${DSVLM_CUDA_ARCH:-80} ;;
+        *.*) export DSVLM_CUDA_ARCH=${DSVLM_CUDA_ARCH:-${capability/./}} ;;
     esac
     if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
         DSVLM_CUDA=1 "$python" setup.py build_ext --inplace || echo "the build failed: the library that was there is taken"
