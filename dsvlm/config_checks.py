@@ -6,7 +6,6 @@ import re
 from dsvlm.config import ModelConfig, Recipe, TaskConfig, nearest
 
 LARGEST = 1e6  # of a learning rate, a weight decay or a gradient norm: infinity and slips of the keyboard are above
-MOST_ROUTED = 127  # samples with an image each: 256 groups of one call, a stand-in's and a spare one among them
 TASK_TYPES = ("caption", "vqa", "classify", "locate", "detect", "pair")
 
 
@@ -238,11 +237,6 @@ def check_numbers(recipe: Recipe) -> None:
     one_of("train.zero", train.zero, (0, 1, 2, 3))
     if train.dtype == "bf16" and train.zero == 0:
         raise ValueError("train.zero: 0 has no fp32 gradients for train.dtype bf16; use train.zero 1 or more")
-    moe = recipe.model.moe
-    if moe and "decoder" in moe.where and moe.group == "sample":
-        for path, samples in (("train.micro_batch", train.micro_batch), ("eval.batch", recipe.eval.batch)):
-            if samples > MOST_ROUTED and not (train.micro_tokens and path.startswith("train")):
-                raise ValueError(f"{path}: {samples}, but experts in the decoder route {MOST_ROUTED} samples at a time")
     if train.expert_parallel:
         check_expert_parallel(recipe)
     for index, group in enumerate(optim.groups):

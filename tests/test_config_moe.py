@@ -30,7 +30,6 @@ def parsed(*overrides):
     (["model.moe.image.load=0.1"], ["model.moe.image.load", "model.moe.noise"]),
     (["model.moe.text.global_entropy=0.1"], ["model.moe.text.tau", "0.0"]),
     (["model.moe.image={global_entropy: 0.1, tau: 3.0}"], ["tau", "20.1 experts of 8"]),
-    (["model.moe.where=[decoder]", "train.micro_batch=128"], ["train.micro_batch", "128", "127"]),
     (["train.expert_parallel=true", "train.zero=3"], ["train.expert_parallel", "zero 2"]),
     (["train.expert_parallel=true", "model.moe=null"], ["train.expert_parallel", "no experts"]),
     (["train.expert_parallel=true", "model.moe.capacity_factor=0"], ["capacity_factor above 0"]),

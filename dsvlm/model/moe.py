@@ -15,6 +15,7 @@ from dsvlm.ops import expert_capacity, moe_combine, moe_permute, moe_route
 if TYPE_CHECKING:
     from dsvlm.config import MoeConfig
     from dsvlm.model.moe_parallel import ExpertParallel
+    from dsvlm.ops import Routing
 
 ALIGN = 8  # rows: what an expert's of bf16 must be a multiple of in torch's grouped matrix product
 MOST_GROUPS = 256  # of one routing call
@@ -47,11 +48,15 @@ class MoeLayer(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         logits = self.router(tokens)
         noise = self.noise(groups, logits) if self.training and self.config.noise > 0 else None
-        outputs, first = [], 0
+        parts, first = [], 0
         for part in groups.split(MOST_GROUPS):
             here = slice(first, first := first + part.group.numel())
-            outputs.append(self.run(tokens[here], logits[here], None if noise is None else noise[here], part))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            parts.append(self.route(logits[here], None if noise is None else noise[here], part))
+        # The experts run once, however many parts: under ZeRO-3 their weights are gathered for it, on all ranks.
+        weight, slot, src, offs, most = joined(parts)
+        rows = moe_permute(tokens, src, slot)
+        experts = self.experts if self.parallel is None else self.parallel(self.experts)
+        out = moe_combine(experts(rows, offs, src >= 0, most), weight, slot, src)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def groups(self, x: Tensor) -> Groups:
@@ -67,8 +72,8 @@ class MoeLayer(nn.Module):
         shape = torch.Size((*groups.group.shape, logits.shape[1]))
         return keyed_normal(groups.keys, shape, groups.position).to(logits.dtype).view_as(logits) * self.sigma
 
-    def run(self, x: Tensor, logits: Tensor, noise: Tensor | None, groups: Groups) -> Tensor:
-        """At most MOST_GROUPS groups. x: [n, D]; logits, noise: [n, E]; returns [n, D out]."""
+    def route(self, logits: Tensor, noise: Tensor | None, groups: Groups) -> tuple[Routing, int]:
+        """At most MOST_GROUPS groups. logits, noise: [n, E]; returns also the rows of an expert at most."""
         config, group = self.config, groups.group.flatten()
         limit = -1  # dropless
         if config.capacity_factor > 0 and groups.images:
@@ -81,11 +86,31 @@ class MoeLayer(nn.Module):
         )  # fmt: skip
         if self.context is not None:
             self.context.tell(self.name, groups, routed)
-        rows = moe_permute(x, routed.src, routed.slot)
-        most = len(x) if -1 in limits else min(len(x), sum(limits))
-        experts = self.experts if self.parallel is None else self.parallel(self.experts)
-        out = experts(rows, routed.offs, routed.src >= 0, -(-most // ALIGN) * ALIGN)
-        return moe_combine(out, routed.weight, routed.slot, routed.src)
+        most = len(group) if -1 in limits else min(len(group), sum(limits))
+        return routed, -(-most // ALIGN) * ALIGN
+
+
+def joined(parts: list[tuple[Routing, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """weight, slot, src, offs of a `Routing` of all tokens, from those of its parts, and the rows of an expert at most.
+
+    An expert's rows are those of the first part, then those of the next.
+    """
+    if len(parts) == 1:
+        ((one, most),) = parts
+        return one.weight, one.slot, one.src, one.offs, most
+    routed = [part for part, _ in parts]
+    starts = torch.stack([F.pad(part.offs, (1, -1)) for part in routed])
+    ends = (torch.stack([part.offs for part in routed]) - starts).T.flatten().cumsum(0, dtype=torch.int32)
+    places = F.pad(ends, (1, -1)).view(-1, len(parts)).T
+    slot = torch.cat([
+        torch.where(part.slot >= 0, part.slot + shift[part.index.long()], -1)
+        for part, shift in zip(routed, places - starts, strict=True)
+    ])  # fmt: skip
+    rows, number = sum(len(part.src) for part in routed), torch.arange(slot.numel(), device=slot.device)
+    src = slot.new_full((rows + 1,), -1)
+    src[torch.where(slot >= 0, slot, rows).flatten().long()] = number.to(src.dtype)
+    weight = torch.cat([part.weight for part in routed])
+    return weight, slot, src[:rows], ends[len(parts) - 1 :: len(parts)].contiguous(), sum(most for _, most in parts)
 
 
 class Router(nn.Module):

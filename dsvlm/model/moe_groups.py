@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,22 +45,37 @@ class Groups:
         return Groups(group, 1, 0, 0, group == 0, one * count, one, group[:, 0].long())
 
     def split(self, most: int) -> list[Groups]:
-        """Parts of at most `most` groups, cut between images; ValueError where the decoder's rows hold more."""
+        """Parts of at most `most` groups, one after the other; the decoder's rows wait for the device to be cut."""
         if self.size <= most:
             return [self]
-        if self.images < self.size:
-            raise ValueError(
-                f"model.moe: a unit of {self.size} images and texts, but experts in the decoder route at most {most} "
-                "together; lower train.micro_batch (or train.micro_tokens)"
-            )
-        parts = []
-        for first in range(0, self.size, most):
-            here = slice(first, min(first + most, self.size))
-            parts.append(replace(
-                self, group=(self.group[here] - first).to(torch.uint8), size=here.stop - first,
-                images=here.stop - first, valid=self.valid[here], tokens=self.tokens[here], share=self.share[here],
-            ))  # fmt: skip
-        return parts
+        if self.images == self.size:
+            cuts = [*range(0, self.size, most), self.size]
+            return [self.some_images(slice(*pair)) for pair in pairwise(cuts)]
+        group, valid = self.group.flatten().long(), self.valid.flatten()
+        place = torch.arange(len(group), device=group.device)
+        first = torch.full_like(self.share, len(group)).scatter_reduce(
+            0, group, torch.where(valid, place, len(group)), "amin"
+        )
+        firsts = first[first < len(group)].sort().values[most::most]
+        cuts = [0, *firsts.tolist(), len(group)]
+        return [self.some_tokens(group[slice(*pair)], valid[slice(*pair)]) for pair in pairwise(cuts)]
+
+    def some_images(self, here: slice) -> Groups:
+        return replace(
+            self, group=(self.group[here] - here.start).to(torch.uint8), size=here.stop - here.start,
+            images=here.stop - here.start, valid=self.valid[here], tokens=self.tokens[here], share=self.share[here],
+        )  # fmt: skip
+
+    def some_tokens(self, group: Tensor, valid: Tensor) -> Groups:
+        """group, valid: [n] of tokens that hold their groups whole."""
+        present = torch.zeros_like(self.share, dtype=torch.bool)
+        present[group[valid]] = True
+        number = present.cumsum(dim=0) - 1
+        size, images = present.sum().item(), present[: self.images].sum().item()
+        return replace(
+            self, group=torch.where(valid, number[group], 0).to(torch.uint8), size=size, images=images, valid=valid,
+            tokens=self.tokens[present], share=self.share[present],
+        )  # fmt: skip
 
 
 class MoeContext:
