@@ -132,6 +132,17 @@ def test_silent_mistakes_are_errors():
     assert attention(layer, q[:, :, :1], q, q, None)[0].shape == (1, 1, 2, 4)
 
 
+def test_models_that_change_scores_are_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    register()
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 32}
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **heads)).eval()
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match="Gemma2Attention passed softcap.*attn_implementation='eager'"):
+        model(torch.randint(1, 50, (1, 6)))
+
+
 def test_windows_become_dense_masks():
     """A sliding window is more than causal: transformers' own mask is used, not a wrong one."""
     from transformers import MistralConfig, MistralForCausalLM

@@ -11,6 +11,7 @@ from dsvlm.ops import GitMask, git_attention
 from dsvlm.ops.git_backends import math, sdpa
 
 NAME = "dsvlm_git"
+UNKNOWN = ("softcap", "s_aux", "position_bias")  # of Gemma 2, GPT-OSS, T5: without them the model would be another
 
 
 def register() -> None:
@@ -37,7 +38,13 @@ def attention(
     (`GitMask.as_hf`), or a dense mask [B or 1, 1, S, kv_len], bool (True = may attend) or floats added to the scores,
     or None for full attention (encoders, and one decoded token that may see the whole cache); returns [B, S, H, D].
     git_packed: `GitMask.packed`, which a model may hand down as a keyword of its forward.
+    What changes scores and is not known here (soft caps, sinks, position biases) is a ValueError.
     """
+    if unknown := [name for name in UNKNOWN if kwargs.get(name) is not None]:
+        raise ValueError(
+            f"{NAME}: {type(module).__name__} passed {', '.join(unknown)}, which git_attention does not have; use "
+            "attn_implementation='eager'"
+        )
     queries, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None:
         if queries > 1 and getattr(module, "is_causal", True):
