@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 CSRC = HERE / "dsvlm" / "ops" / "csrc"
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = [*FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
+WITHOUT = "dsvlm: built without its compiled ops, for want of {}; the PyTorch reference serves"
 # *_simd.cpp is compiled once for each set of instructions; the machine that runs it picks one (csrc/simd/simd.h)
 INSTRUCTIONS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -48,7 +49,7 @@ class BuildLibrary(build_ext):
         torch, compiler = importlib.util.find_spec("torch"), shutil.which(os.environ.get("CXX", "g++"))
         if torch is None or compiler is None:
             missing = "a C++ compiler (g++)" if torch else "torch (install it first, then with --no-build-isolation)"
-            print(f"dsvlm: built without its compiled ops, for want of {missing}; the PyTorch reference serves")
+            print(WITHOUT.format(missing))
             return
         torch_dir = Path(torch.origin).parent
         nvcc, wanted = find_nvcc(), os.environ.get("DSVLM_CUDA", "")
@@ -56,15 +57,15 @@ class BuildLibrary(build_ext):
             raise SystemExit("DSVLM_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
         nvcc = None if wanted == "0" else nvcc
         target = Path(self.get_ext_fullpath(ext.name))
-        try:
-            compile_library(target, compiler, nvcc, torch_dir)
-        except subprocess.CalledProcessError as error:
-            print(f"dsvlm: the compiled ops could not be built:\n{error.stderr}", file=sys.stderr)
-            if wanted == "1":
-                raise
-            if nvcc is not None:
-                print("dsvlm: trying again without CUDA code")
-                compile_library(target, compiler, None, torch_dir)
+        for cuda in [nvcc, None] if nvcc else [None]:
+            try:
+                return compile_library(target, compiler, cuda, torch_dir)
+            except subprocess.CalledProcessError as error:
+                if wanted == "1":
+                    raise SystemExit(f"{error}\n{error.stderr}") from error
+                print(f"{error.stderr}\n{error}", file=sys.stderr)
+                again = "dsvlm: trying again without CUDA code"
+                print(again if cuda else WITHOUT.format("a compiler that takes them (see above)"))
 
 
 def compile_library(target: Path, compiler: str, nvcc: str | None, torch_dir: Path) -> None:

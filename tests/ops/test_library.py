@@ -35,6 +35,24 @@ def test_without_the_library_the_reference_serves_and_one_line_says_so(tmp_path)
     assert str(tmp_path) in done.stderr.splitlines()[0], "another copy of the package was imported"
 
 
+@pytest.mark.parametrize("compiler, again", [("/bin/false", 1), ("no-such-compiler", 0)])
+def test_without_a_compiler_that_works_the_build_succeeds_and_one_line_says_so(tmp_path, compiler, again):
+    """Also where there is an nvcc: it fails, and so does what is tried then."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(PACKAGE.parent / name, tmp_path)
+    shutil.copytree(PACKAGE, tmp_path / "dsvlm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to("/bin/false")
+    environment = dict(os.environ, CXX=compiler, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    environment.pop("DSVLM_CUDA", None)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("built without its compiled ops") == 1, done.stdout
+    assert done.stdout.count("trying again without CUDA code") == again
+    assert not list(tmp_path.rglob("*.so"))
+
+
 @pytest.mark.skipif(not (library.HERE / "_C.abi3.so").exists(), reason="the compiled ops were not built")
 def test_the_library_loads_where_torch_has_no_cuda():
     """It asks for no library but torch's own and the system's; CUDA's run-time library is inside."""
