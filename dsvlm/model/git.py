@@ -108,7 +108,7 @@ class GitVlm(PreTrainedModel):
         the window's; and routing, figures of it as in `moe_losses.Told`.
         """
         with self.keyed_dropout(batch):
-            layout, hidden, row, start, pooled = self._states(batch)
+            layout, hidden, row, start, pooled = self._states(batch, listens=True)
         told = self._told()
         live = batch.targets != IGNORE
         sample, column = live.nonzero(as_tuple=True)
@@ -190,19 +190,19 @@ class GitVlm(PreTrainedModel):
             return pixels, image_row
         return torch.cat((pixels, torch.zeros_like(pixels[:1]))), nn.functional.pad(image_row, (0, 1), value=-1)
 
-    def _states(self, batch: Batch) -> tuple[Layout, Tensor, Tensor, Tensor, Tensor]:
+    def _states(self, batch: Batch, listens=False) -> tuple[Layout, Tensor, Tensor, Tensor, Tensor]:
         pixels, image_row = self._images(batch)
         layout = self._layout(batch, image_row)
-        self._tell_experts(layout, image_row, batch.keys, batch.weight, packed=batch.row is not None)
+        self._tell_experts(layout, image_row, batch.keys, batch.weight, packed=batch.row is not None, listens=listens)
         return layout, *self.flow.states(self.decoder, self._embeds(layout, pixels, batch.tokens), layout, batch)
 
-    def _tell_experts(self, layout: Layout, image_row: Tensor, keys: Tensor, weight: Tensor, packed=False) -> None:
+    def _tell_experts(self, layout: Layout, image_row: Tensor, keys: Tensor, weight: Tensor, **more: bool) -> None:
         """Tells every layer of experts whose its tokens are; layers recomputed in the backward ask again."""
         if not self.experts:
             return
         context = MoeContext(
-            layout, image_row, self.vision.tokens, keys, weight > 0, packed=packed,
-            by_unit=self.experts.group == "unit", training=self.training,
+            layout, image_row, self.vision.tokens, keys, weight > 0, by_unit=self.experts.group == "unit",
+            training=self.training, **more,
         )  # fmt: skip
         for layer in moe_layers(self):
             layer.context = context

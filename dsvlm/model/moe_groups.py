@@ -84,12 +84,12 @@ class MoeContext:
 
     image_row: [N] int64, sample of each image, -1 = dummy; patches: tokens of an image; keys: [B] int64 of samples;
     teaches: [B] bool; packed: rows hold several samples; by_unit: one group for all images of the unit and one for its
-    text, from which samples that do not teach keep out in training.
+    text, from which samples that do not teach keep out in training; listens: whether anybody will ask what was told.
     """
 
     def __init__(
         self, layout: Layout, image_row: Tensor, patches: int, keys: Tensor, teaches: Tensor, *, packed: bool = False,
-        by_unit: bool = False, training: bool = False,
+        by_unit: bool = False, training: bool = False, listens: bool = False,
     ):  # fmt: skip
         live = teaches[image_row.clamp(min=0)] & (image_row >= 0)
         images = len(image_row)
@@ -110,7 +110,7 @@ class MoeContext:
             self.rows = merged(self.rows, real)
             self.images = merged(self.images, live[:, None].expand(-1, patches) if training else valid)
         self.images, self.rows = narrow(self.images), narrow(self.rows)
-        self.told: list | None = []
+        self.told: list | None = [] if listens else None
 
     def tell(self, name: str, groups: Groups, routed) -> None:
         if self.told is not None:

@@ -1,5 +1,6 @@
 """Layers of experts: what they compute, for whom, and what stays the same whatever shares a unit with a sample."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -302,6 +303,20 @@ def test_many_groups_are_routed_in_parts(tools, monkeypatch, packed):
         again = model(tools.collate(tools.mixed, packed=packed))
         assert len(moe_layers(model)[0].context.rows.split(most)) == -(-8 // most)
         torch.testing.assert_close(again["routing"][..., :2], told["routing"][..., :2])
+
+
+def test_where_nobody_asks_about_routing_nothing_of_it_is_kept(tools):
+    """Each step of decoding would add to it, and a graph that is kept cannot be copied with the model."""
+    model = model_of(tools)
+    batch = tools.collate([tools.sample(9, 1, 4, 1)])
+    for use in (
+        lambda: model.logits(batch),
+        lambda: model.generate(batch.pixels, batch.image_row, batch.tokens, batch.lengths, 3, -1),
+        lambda: model(batch),
+    ):
+        use()
+        assert moe_layers(model)[0].context.told is None
+        copy.deepcopy(model)
 
 
 def test_a_unit_without_images_uses_every_expert(tools):
