@@ -106,7 +106,7 @@ void start(const char* op, const Work& work, const Tensor& q, cudaError_t (*bf16
   const cudaStream_t stream = current_stream(q.get_device_index());
   const cudaError_t error = (brain ? bf16 : f16)(work, static_cast<int>(q.size(3)), stream);
   if (error != cudaSuccess) cudaGetLastError();  // told here, not again at the next call
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA says \"", cudaGetErrorString(error), "\" for q ", shape_of(q),
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", told(error), " for q ", shape_of(q),
                   " and ", work.keys, " keys");
 }
 

@@ -57,7 +57,7 @@ cudaStream_t stream_of(const Tensor& x) { return current_stream(x.get_device_ind
 
 void check_started(const char* op, cudaError_t error, const Tensor& x) {
   if (error != cudaSuccess) cudaGetLastError();  // told here, not again at the next call
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA says \"", cudaGetErrorString(error), "\" for ", shape_of(x));
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", told(error), " for ", shape_of(x));
 }
 
 Logits make_logits(const char* op, const Tensor& logits, const MaybeTensor& noise, const MaybeTensor& modality,
