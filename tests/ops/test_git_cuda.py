@@ -71,8 +71,8 @@ def layout(case: Case):
             for query, kind in kinds.items():
                 last = max(images) if kind == "i" else query
                 rows[b, query] = torch.tensor([min(kinds), last + 1])
-                for key, other in kinds.items():
-                    dense[b, query, key] = other == "i" or (kind == "t" and key <= query)
+                seen = [key for key, other in kinds.items() if other == "i" or (kind == "t" and key <= query)]
+                dense[b, query, seen] = True
         assert place <= case.length
     return rows, dense
 
