@@ -47,10 +47,12 @@ constexpr int64_t kBlock = 96;  // keys of a block, at most
 template <class T>
 constexpr int64_t kTile = kColumns* Simd<T>::kLanes;  // queries of a tile
 
-// Elements between packed rows: an odd number of vectors, or rows would meet in few sets of the cache.
+// Elements between packed rows: an odd number of vectors, or rows would meet in few sets of the cache; and room for
+// products over the dimensions, which go in steps of kRows, where a vector is shorter than that.
 template <class T>
 inline int64_t pitch_of(int64_t dim) {
-  return (round_up(dim, Simd<T>::kLanes) / Simd<T>::kLanes | 1) * Simd<T>::kLanes;
+  constexpr int64_t lanes = Simd<T>::kLanes, step = lanes < kRows ? kRows : lanes;
+  return (round_up(dim, step) / lanes | 1) * lanes;
 }
 
 // Hands out parts of the scratch; with none given it only counts.
