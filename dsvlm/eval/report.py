@@ -36,6 +36,7 @@ def write_report(run_dir: Path) -> Path:
         curves(recipe, rows),
         answers(recipe, result, read_lines(run_dir / "eval_samples.jsonl")),
         efficiency(rows),
+        routing(rows),
         whole_recipe(recipe),
     ]
     path = run_dir / "report.html"
@@ -172,6 +173,26 @@ def efficiency(rows: list[dict]) -> str:
     return (
         "<h2>Padding and throughput</h2><p class='note'>Medians over all updates; the small charts run from the first "
         f"update to the last, from 0 up.</p><div class='tiles'>{''.join(tiles)}</div>"
+    )
+
+
+def routing(rows: list[dict]) -> str:
+    """Two charts for each layer of experts and modality; empty for a model without experts."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("moe_load", ())))
+    if not names:
+        return ""
+    tiles = []
+    for name in names:
+        mine = [
+            {"step": row["step"], "kept": row["moe_success"][name], "busiest": row["moe_busiest"][name]}
+            for row in rows if name in row.get("moe_load", ())
+        ]  # fmt: skip
+        tiles.append(tile(mine, "kept", f"of the choices served, {name}", "{:.1%}", top=1.0))
+        tiles.append(tile(mine, "busiest", f"busiest expert's load, {name}", "{:.2f}"))
+    return (
+        "<h2>Expert routing</h2><p class='note'>Medians over all updates. Served: choices that got a row at their "
+        "expert. Load: what the busiest expert was asked for, over the mean of all; 1 is balance.</p>"
+        f"<div class='tiles'>{''.join(tiles)}</div>"
     )
 
 

@@ -114,6 +114,20 @@ def test_a_run_of_which_every_loss_is_lost_has_a_report(copy, loss):
     assert page.count("polyline", "smooth") == 4 and "No update has a finite loss" in " ".join(page.text)
 
 
+def test_experts_have_charts_by_layer_and_modality(copy):
+    path = copy / "metrics.jsonl"
+    assert "Expert routing" not in write_report(copy).read_text()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[1:]:  # the first window had no image
+        both = ("vision0.image", "decoder1.text")
+        row |= {"moe_success": dict.fromkeys(both, 0.875), "moe_busiest": dict.fromkeys(both, 1.25)}
+        row["moe_load"] = dict.fromkeys(both, [0.3, 0.7])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(copy).read_text())
+    assert page.count("div", "tile") == 4 + 4 and page.text.count("87.5%") == page.text.count("1.25") == 2
+    assert "busiest expert's load, decoder1.text" in page.text
+
+
 def test_verdicts():
     assert verdict("exact", 1.0)[0] == "right" and verdict("exact", 0.0)[0] == "wrong"
     assert verdict("mean_iou", 0.5) == ("right", "&#10003; right, IoU 0.50")
