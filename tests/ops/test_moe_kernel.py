@@ -114,6 +114,18 @@ def test_integers_equal_the_reference(case):
             torch.testing.assert_close(getattr(ours, name), getattr(said, name), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("experts", [1, 5, 32, 33, 160])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 20.0, 1e4])
+def test_lse_to_units_in_the_last_place(experts, scale):
+    """Found: 2.05. Of the larger of its two summands, the maximum and a logarithm of at least 1: they may cancel."""
+    logits = drawn(1000, experts) * scale
+    exact = logits.double().logsumexp(dim=1)
+    top = logits.max(dim=1).values.double()
+    size = torch.stack((exact, top, exact - top)).abs().amax(dim=0).clamp(min=1).float()
+    error = (moe_route(logits, k=1, capacity=9, backend="kernel").lse - exact).abs()
+    assert (error <= 2.5 * (torch.nextafter(size, torch.tensor(math.inf)) - size)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", GRID[3:12], ids=lambda case: "-".join(map(str, case[:8])))
 def test_gradients_equal_the_reference(case, dtype):
