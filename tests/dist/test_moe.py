@@ -52,8 +52,8 @@ def lengths(data_root):
 
 
 @pytest.mark.parametrize("world_size, zero, micro_batch, changes", [
-    (1, 3, 2, {}), (2, 0, 1, {}), (2, 1, 64, {}), (2, 2, 3, {}), (2, 3, 3, {"model__gradient_checkpointing": True}),
-    (3, 3, 2, {}), (3, 1, 3, {"schedule__rounds": "packed"}), (2, 3, 3, PACKED),
+    (2, 1, 64, {}), (2, 2, 1, {"schedule__rounds": "packed"}), (2, 3, 3, PACKED),
+    (2, 3, 2, {"model__gradient_checkpointing": True}),
 ])  # fmt: skip
 def test_gradient(pools, data_root, single, lengths, world_size, zero, micro_batch, changes):
     recipe = with_experts(data_root, zero, micro_batch, **changes)
@@ -88,21 +88,16 @@ def test_experts_that_cannot_be_dealt(pools, data_root):
 ONE_CHOICE, ALONE = {"capacity_factor": 0.3, "k": 1}, {"schedule__rounds": "packed"}
 
 
-@pytest.fixture(scope="module")
-def alone(pools, data_root):
-    """Weights after updates on one rank."""
-    return pools(1).run("weights_after", recipe=with_experts(data_root, 0, 1, ONE_CHOICE, **ALONE), steps=3)[0]
-
-
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_a_rank_that_routes_nothing_to_an_expert(pools, data_root, alone, zero):
-    """Rounds of a rank with an image and one without, and of two that choose other experts."""
-    first, second = pools(2).run("loads", recipe=with_experts(data_root, zero, 1, ONE_CHOICE, **ALONE))
+def test_a_rank_that_routes_nothing_to_an_expert(pools, data_root):
+    """Rounds of a rank with an image and one without, and of two that choose other experts; every stage trains."""
+    first, second = pools(2).run("loads", recipe=with_experts(data_root, 0, 1, ONE_CHOICE, **ALONE))
     assert any(ours.any() != theirs.any() for ours, theirs in zip(first, second, strict=True))
     assert any(((ours > 0) & (theirs == 0)).any() for ours, theirs in zip(first, second, strict=True) if theirs.any())
-    found = pools(2).run("weights_after", recipe=with_experts(data_root, zero, 1, ONE_CHOICE, **ALONE), steps=3)
-    for rank in found:
-        assert max(float(np.abs(rank[name] - alone[name]).max()) for name in alone) < 2e-5
+    alone = pools(1).run("weights_after", recipe=with_experts(data_root, 0, 1, ONE_CHOICE, **ALONE), steps=3)[0]
+    for zero in (1, 2, 3):
+        found = pools(2).run("weights_after", recipe=with_experts(data_root, zero, 1, ONE_CHOICE, **ALONE), steps=3)
+        for rank in found:
+            assert max(float(np.abs(rank[name] - alone[name]).max()) for name in alone) < 2e-5, f"ZeRO-{zero}"
 
 
 def rows(recipe) -> list[dict]:
