@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ def moe_route(
     load_sigma: standard deviation of the noise, for the load loss; 0 = not computed.
     backend: "kernel" (compiled; no double backward), "torch" (reference), "auto". Nothing waits for the device.
     """
-    limits = (capacity,) if isinstance(capacity, int) else tuple(capacity)
+    limits = _limits(capacity)
     _check_route(logits, k, limits, policy, slot_order, align, num_modalities, load_sigma)
     tokens, experts = logits.shape
     if pool is None and len(limits) > 1:
@@ -97,6 +98,8 @@ def moe_route(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"moe_route: {name} is {list(given.shape)}, expected {list(shape)} as logits say")
+    for name, given, below in (("modality", modality, num_modalities), ("pool", pool, len(limits))):
+        _check_numbers(name, given, below)
     noise = None if noise is None else noise.detach().to(wide)
     if _served_by_kernel("moe_route", backend, logits):
         modality, pool = (x if x is None else x.to(torch.uint8) for x in (modality, pool))
@@ -145,11 +148,27 @@ def moe_combine(y: Tensor, weight: Tensor, slot: Tensor, src: Tensor, *, backend
 
 def rows_bound(tokens: int, experts: int, k: int, capacity: int | Sequence[int], align: int = 8) -> int:
     """Rows that the expert buffer can need, whatever the logits: the smallest `max_rows` that `moe_route` takes."""
-    limits = (capacity,) if isinstance(capacity, int) else capacity
+    limits = _limits(capacity)
     one = tokens if min(limits) < 0 else min(tokens, sum(limits))
     of_capacity = experts * (-(-one // align) * align)
     of_tokens = (tokens * k + experts * (align - 1)) // align * align
     return min(of_capacity, of_tokens)
+
+
+def _limits(capacity: int | Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, capacity)) if isinstance(capacity, Sequence) else (index(capacity),)
+    except TypeError:
+        raise ValueError(f"moe_route: capacity={capacity!r}; expected an integer, or a list of them") from None
+
+
+def _check_numbers(name: str, given: Tensor | None, below: int) -> None:
+    """On the CPU alone: a device would have to be waited for, and a compiled graph has no values yet."""
+    if given is None or not given.numel() or given.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    least, most = (int(x) for x in given.aminmax())
+    if least < 0 or most >= below:
+        raise ValueError(f"moe_route: {name} has numbers from {least} to {most}, expected 0 to {below - 1}")
 
 
 def _served_by_kernel(name: str, backend: str, x: Tensor) -> bool:
@@ -182,7 +201,7 @@ def _check_route(
             raise ValueError(f"moe_route: unknown {name} {value!r}; choose one of {', '.join(allowed)}")
     if not 1 <= len(limits) <= 256 or min(limits) < -1:
         raise ValueError(f"moe_route: capacity={limits}; expected 1 to 256 numbers >= 0, or -1 for dropless")
-    if align < 1 or not 1 <= num_modalities <= 256 or load_sigma < 0:
+    if align < 1 or not 1 <= num_modalities <= 256 or not load_sigma >= 0:
         raise ValueError(
             f"moe_route: align={align}, num_modalities={num_modalities}, load_sigma={load_sigma}; expected align >= 1, "
             "1 to 256 modalities, load_sigma >= 0"

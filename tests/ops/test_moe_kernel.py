@@ -319,11 +319,16 @@ def test_compiles_to_one_graph():
 
 
 def test_the_op_refuses_what_would_read_out_of_bounds():
-    arguments = dict(k=1, capacity=(2, 2), num_modalities=2, backend="kernel")
+    def route(modality, pool):
+        assert has_kernel("cpu")
+        given = (x if x is None else torch.tensor(x, dtype=torch.uint8) for x in (modality, pool))
+        sizes = 1, [2, 2], rows_bound(4, 3, 1, (2, 2)), 8, "bpr", "token", False, 2, 0.0
+        torch.ops.dsvlm.moe_route(drawn(4, 3), None, next(given), None, next(given), *sizes)
+
     with pytest.raises(RuntimeError, match="modality of token 3 is 2, expected less than 2"):
-        moe_route(drawn(4, 3), modality=torch.tensor([0, 1, 0, 2]), **arguments)
+        route([0, 1, 0, 2], None)
     with pytest.raises(RuntimeError, match="pool of token 0 is 9"):
-        moe_route(drawn(4, 3), pool=torch.tensor([9, 1, 0, 0]), **arguments)
+        route(None, [9, 1, 0, 0])
     slot, src = torch.tensor([[5]], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="slot names a row beyond"):
         moe_combine(drawn(2, 3), torch.ones(1, 1), slot, src, backend="kernel")

@@ -301,7 +301,10 @@ def test_refuses(backend):
         ({"capacity": -2}, "capacity"), ({"capacity": ()}, "capacity"), ({"align": 0}, "align=0"),
         ({"capacity": (1, 2)}, "pool"), ({"max_rows": 7}, "max_rows=7, but 24"), ({"noise": drawn(4, 2)}, "noise"),
         ({"valid": torch.ones(3).bool()}, "valid"), ({"logits": drawn(4)}, "logits"),
-        ({"load_sigma": -1.0}, "load_sigma"),
+        ({"load_sigma": -1.0}, "load_sigma"), ({"load_sigma": math.nan}, "load_sigma"), ({"capacity": 2.5}, "integer"),
+        ({"capacity": [1, 2.5]}, "integer"), ({"pool": torch.tensor([0, 1, 0, 0])}, "pool has numbers from 0 to 1"),
+        ({"modality": torch.tensor([0, 256, 0, 0]), "num_modalities": 2}, "modality has numbers from 0 to 256"),
+        ({"capacity": (1, 2), "pool": torch.tensor([0, 1, -1, 0])}, "from -1 to 1, expected 0 to 1"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             route(**changes)
