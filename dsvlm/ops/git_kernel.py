@@ -6,7 +6,6 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsvlm.ops.library import library
 
@@ -34,7 +33,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float, alibi_sl
 
 
 class KernelAttention(torch.autograd.Function):
-    """The op and its backward; second derivatives are refused by autograd ("once_differentiable")."""
+    """The op and its backward, which refuses to be part of a graph: a second derivative would miss it silently."""
 
     @staticmethod
     def forward(ctx, q, k, v, rows, alibi_slopes, scale):
@@ -44,8 +43,9 @@ class KernelAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("git_attention: the compiled op has no second derivative; use backend='math'")
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         grads = torch.ops.dsvlm.git_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
         return *grads, None, None, None
