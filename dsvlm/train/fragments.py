@@ -40,9 +40,18 @@ def fragment(engine, parameter, key: str | None = None) -> tuple[int, Tensor] | 
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach().view(-1)
+        values = mapping.hp_fragment if key is None else state_fragment(engine, mapping, key)
+        return mapping.lp_fragment_address.start, values.detach().view(-1)
     values = parameter.data if key is None else engine.optimizer.state[parameter][key]
     return 0, values.detach().view(-1)
+
+
+def state_fragment(engine, mapping, key: str) -> Tensor:
+    """What the engine's own link to it should be: it is made in the first step, when only the first of the optimizer's
+    groups has a state yet (deepspeed 0.19.8)."""
+    optimizer, address = inner_optimizer(engine), mapping.hp_fragment_address
+    (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
+    return optimizer.state[flat][key].narrow(0, address.start, address.numel)
 
 
 def gather(engine, parameter, key: str | None = None) -> Tensor:

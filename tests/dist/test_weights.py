@@ -7,6 +7,7 @@ from tests.dist.recipes import STRATEGIES, tiny
 from dsvlm.train.engine import ds_configs, read_ds_config
 
 STEPS = 3
+TWO_GROUPS = {"optim__weight_decay": 0.1}  # of the optimizer
 TEXT_FIRST = {"schedule__rounds": "task", "train__micro_batch": 8}
 
 
@@ -62,7 +63,8 @@ def test_stale_gradients_without_the_dummy_image(pools, data_root, single):
     "world_size, zero, dtype", [(1, 0, "fp32"), (2, 3, "fp32"), (2, 1, "fp32"), (3, 2, "fp32"), (2, 3, "bf16"), (2, 2, "bf16")]
 )
 def test_resume_on_the_same_ranks_is_exact(pools, data_root, world_size, zero, dtype, tmp_path):
-    recipe, steps = tiny(data_root, train__zero=zero, train__dtype=dtype), {"steps": 2, "then": 2}
+    recipe = tiny(data_root, train__zero=zero, train__dtype=dtype, **TWO_GROUPS)
+    steps = {"steps": 2, "then": 2}
     straight = pools(world_size).run("go_straight", recipe=recipe, directory=str(tmp_path), **steps)
     again = pools(world_size).run("go_on", recipe=recipe, path=straight[0][0], **steps)
     for (_, losses, averages), (losses_again, averages_again) in zip(straight, again, strict=True):
@@ -74,7 +76,7 @@ def test_resume_on_the_same_ranks_is_exact(pools, data_root, world_size, zero, d
 def test_resume_on_other_ranks_or_another_stage(pools, data_root, other_size, zero, other_zero, tmp_path):
     """A checkpoint of two ranks: up to the order of summation."""
     steps = {"steps": 2, "then": 2}
-    recipe, other = (tiny(data_root, train__zero=z) for z in (zero, other_zero))
+    recipe, other = (tiny(data_root, train__zero=z, **TWO_GROUPS) for z in (zero, other_zero))
     path, losses, averages = pools(2).run("go_straight", recipe=recipe, directory=str(tmp_path), **steps)[0]
     losses_again, averages_again = pools(other_size).run("go_on", recipe=other, path=path, **steps)[0]
     np.testing.assert_allclose(losses_again, losses, rtol=1e-5)
