@@ -35,7 +35,13 @@ def read_ds_config(recipe: Recipe) -> dict:
     for key in OWNED:
         if key in config:
             raise ValueError(f"train.ds_config: {path} sets {key!r}, which the recipe decides; remove it from the file")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    zero = config.get("zero_optimization", {})
+    if zero.get("round_robin_gradients"):
+        raise ValueError(
+            f"train.ds_config: {path} sets 'round_robin_gradients', with which DeepSpeed does not tell where in its "
+            "optimizer a parameter is: checkpoints would be wrong; remove it from the file"
+        )
+    stage = zero.get("stage", 0)
     if stage != train.zero:
         raise ValueError(f"train.zero: {train.zero}, but {path} sets stage {stage}; make them agree")
     return config
