@@ -206,7 +206,7 @@ class TrainConfig:
     micro_tokens: int = 0  # instead: padded tokens, images and text; units then hold samples of like length
     buckets: int = 16  # row lengths that such units are padded to
     zero: int = 3
-    expert_parallel: bool = False  # ranks share the experts' work by all-to-all; zero 2 at most
+    expert_parallel: bool = False  # each rank holds some of the experts (all-to-all); zero 2 at most
     ds_config: str | None = None  # DeepSpeed JSON that replaces ds_configs/zero<N>.json
     dtype: str = "fp32"  # fp32 | bf16
     save_every: int = 500

@@ -1,24 +1,24 @@
-"""Expert parallelism: each rank computes some of the experts for all ranks, rows travel there and back."""
+"""Expert parallelism: each rank holds some of the experts, and rows travel to them and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsvlm.model.moe_experts import Experts, Grouped
 
 
 class ExpertParallel:
-    """Shares the experts' work among the ranks of a group by two all-to-alls.
+    """Shares the experts among the ranks of a group; their rows come and go by two all-to-alls.
 
-    Rank r of R computes experts r * E / R up to (r + 1) * E / R. Parameters keep their whole shape on every rank, so
-    that checkpoints, ZeRO 0 to 2 and the summing of gradients are as without: a rank's gradient is 0 but for its own
-    experts, whose sum over tokens of all ranks it then is. rows: that a rank sends to an expert, the same on all ranks,
-    from the plan; no rank asks another how many come.
+    Rank r of R holds experts r * E / R up to (r + 1) * E / R (`deal`). Rows of all ranks come to them, so a rank's
+    gradient of its experts is the whole one already. rows: that a rank sends to an expert, the same on all ranks, from
+    the plan; no rank asks another how many come.
     """
 
     def __init__(self, group: dist.ProcessGroup, experts: int, rows: int):
@@ -31,6 +31,13 @@ class ExpertParallel:
             )
         self.own = slice(self.rank * experts // self.ranks, (self.rank + 1) * experts // self.ranks)
 
+    def deal(self, experts: Experts) -> None:
+        """Keeps this rank's of whole experts, in place: parameters [E / R, ...] that know the whole, see `share_of`."""
+        for name, whole in list(experts.named_parameters()):
+            own = nn.Parameter(whole.detach()[self.own].clone(), requires_grad=whole.requires_grad)
+            own.share = Share(self.own.start * whole[0].numel(), whole.shape)
+            setattr(experts, name, own)
+
     def __call__(self, experts: Experts) -> Callable:
         """What stands for `experts.forward`."""
         return partial(self.run, experts)
@@ -40,7 +47,7 @@ class ExpertParallel:
         comes to a bias."""
         assert most <= self.rows, f"{most} rows for an expert, but ranks exchange {self.rows}: not what was planned"
         local = Grouped(offs, len(rows), self.rows)
-        out = experts.feed(self.exchange(local.padded(rows), there=True), None, Sliced(self.own))
+        out = experts.feed(self.exchange(local.padded(rows), there=True), None, Batched())
         return local.compact(self.exchange(out, there=False))
 
     def exchange(self, x: Tensor, there: bool) -> Tensor:
@@ -52,17 +59,27 @@ class ExpertParallel:
         return AllToAll.apply(x, self.group)
 
 
-class Sliced:
-    """Products of [n, rows, in] with n experts of [E, in, out]."""
+@dataclass(frozen=True)
+class Share:
+    """Where a rank's part of a parameter begins in the whole one, laid out flat, and the whole one's shape."""
 
-    def __init__(self, own: slice):
-        self.own = own
+    start: int
+    whole: torch.Size
+
+
+def share_of(parameter: Tensor) -> Share | None:
+    """None: this rank holds all of it, or what ZeRO leaves it."""
+    return getattr(parameter, "share", None)
+
+
+class Batched:
+    """Products of [n, rows, in] with n experts [n, in, out]."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x @ weight[self.own]
+        return x @ weight
 
     def spread(self, bias: Tensor) -> Tensor:
-        return bias[self.own, None]
+        return bias[:, None]
 
 
 class AllToAll(torch.autograd.Function):

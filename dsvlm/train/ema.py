@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsvlm.train.fragments import fragment, join, shape_of, trainable
+from dsvlm.train.fragments import fragment, is_cut, join, shape_of, trainable
 
 
 class Ema:
@@ -29,7 +29,7 @@ class Ema:
 
     def gather(self, name: str, parameter) -> Tensor:
         """The whole averaged tensor on every rank; collective where slices are partitioned."""
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        if is_cut(parameter):
             return join(self.slices.get(name), shape_of(parameter), self.engine.device)
         return self.slices[name][1].view(parameter.shape)
 

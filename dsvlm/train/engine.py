@@ -41,6 +41,12 @@ def read_ds_config(recipe: Recipe) -> dict:
             f"train.ds_config: {path} sets 'round_robin_gradients', with which DeepSpeed does not tell where in its "
             "optimizer a parameter is: checkpoints would be wrong; remove it from the file"
         )
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if train.expert_parallel and not zero.get(key, True):
+            raise ValueError(
+                f"train.ds_config: {path} sets {key!r} to false, but train.expert_parallel needs it: DeepSpeed would "
+                "mix the gradients of different experts; remove one of the two"
+            )
     stage = zero.get("stage", 0)
     if stage != train.zero:
         raise ValueError(f"train.zero: {train.zero}, but {path} sets stage {stage}; make them agree")
@@ -63,14 +69,28 @@ def engine_config(config: dict, optim: OptimConfig, dtype: str) -> dict:
 
 def clip_and_tell(optimizer, clip: float) -> None:
     """Clips before each step and leaves the norm where the engine looks for it: without ZeRO it tells none."""
-    from torch.nn.utils import clip_grad_norm_
+    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+    from dsvlm.model.moe_parallel import share_of
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def before_step(optimizer, arguments, options) -> None:
-        optimizer._global_grad_norm = clip_grad_norm_(parameters, clip or math.inf)
+        norm = get_total_norm([p.grad for p in parameters if share_of(p) is None])
+        shared = [p.grad for p in parameters if share_of(p) is not None]
+        if shared:
+            norm = (norm.square() + sum_over_ranks(get_total_norm(shared).square())).sqrt()
+        clip_grads_with_norm_(parameters, clip or math.inf, norm)
+        optimizer._global_grad_norm = norm
 
     optimizer.register_step_pre_hook(before_step)
+
+
+def sum_over_ranks(value):
+    import torch.distributed as dist
+
+    dist.all_reduce(value)
+    return value
 
 
 def make_engine(model, recipe: Recipe):

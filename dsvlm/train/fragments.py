@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsvlm.model.moe_parallel import share_of
+
 STATES = ("exp_avg", "exp_avg_sq")
 
 
@@ -19,7 +21,14 @@ def trainable(engine) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def shape_of(parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
+    """Of the whole parameter."""
+    share = share_of(parameter)
+    return getattr(parameter, "ds_shape", parameter.shape) if share is None else share.whole
+
+
+def is_cut(parameter) -> bool:
+    """Whether a rank may own a part of it only."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") or share_of(parameter) is not None
 
 
 def fragment(engine, parameter, key: str | None = None) -> tuple[int, Tensor] | None:
@@ -36,14 +45,16 @@ def fragment(engine, parameter, key: str | None = None) -> tuple[int, Tensor] | 
         start = dist.get_rank() * values.numel()
         owned = max(0, min(values.numel(), parameter.ds_numel - start))  # the last ranks hold padding
         return (start, values.detach().view(-1)[:owned]) if owned else None
+    share = share_of(parameter)
+    first = 0 if share is None else share.start
     if hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         values = mapping.hp_fragment if key is None else state_fragment(engine, mapping, key)
-        return mapping.lp_fragment_address.start, values.detach().view(-1)
+        return first + mapping.lp_fragment_address.start, values.detach().view(-1)
     values = parameter.data if key is None else engine.optimizer.state[parameter][key]
-    return 0, values.detach().view(-1)
+    return first, values.detach().view(-1)
 
 
 def state_fragment(engine, mapping, key: str) -> Tensor:
@@ -57,8 +68,7 @@ def state_fragment(engine, mapping, key: str) -> Tensor:
 def gather(engine, parameter, key: str | None = None) -> Tensor:
     """The whole tensor on every rank, in its own shape; collective."""
     piece = fragment(engine, parameter, key)
-    partitioned = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-    if not partitioned:
+    if not is_cut(parameter):
         return piece[1].view(parameter.shape)
     return join(piece, shape_of(parameter), engine.device)
 

@@ -16,13 +16,14 @@ from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, make_model, manifest_record, plan_run
 from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_checkpoint
 from dsvlm.train.engine import make_engine, read_ds_config
+from dsvlm.train.experts import share_experts
 from dsvlm.train.guard import Guard, code_version
 from dsvlm.train.launch import LAUNCHED, find_ranks, init_distributed
 from dsvlm.train.lengths import lengths_record, make_run_lengths, open_lengths
 from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
-from dsvlm.train.routing import layer_names, routing_row, share_experts
+from dsvlm.train.routing import layer_names, routing_row
 from dsvlm.train.rundir import lock_run, open_run, prepare_run, run_decoder
 from dsvlm.train.window import WindowSums, run_window, target_weights, teaching
 

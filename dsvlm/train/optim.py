@@ -23,7 +23,8 @@ def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:
 def parameter_groups(model, optim: OptimConfig) -> list[dict]:
     """Trainable parameters by the first pattern that matches their name; the rest take the recipe's own settings.
 
-    Biases, norms and other vectors get no weight decay. Raises ValueError for a pattern that matches nothing.
+    Biases, norms and other vectors get no weight decay. Experts that ranks share are in groups of their own, marked as
+    DeepSpeed wants them (`train.experts`). Raises ValueError for a pattern that matches nothing.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
@@ -37,7 +38,10 @@ def parameter_groups(model, optim: OptimConfig) -> list[dict]:
         lr = optim.lr if chosen is None or chosen.lr is None else chosen.lr
         decay = optim.weight_decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay
         decay = 0.0 if parameter.ndim < 2 or name.endswith("bias") else decay  # experts' biases are [E, size]
-        group = groups.setdefault((lr, decay), {"params": [], "lr": 0.0, "base_lr": lr, "weight_decay": decay})
+        shared = getattr(parameter, "group_name", None)
+        marks = {"moe": True, "name": shared} if shared else {}
+        settings = {"params": [], "lr": 0.0, "base_lr": lr, "weight_decay": decay}
+        group = groups.setdefault((lr, decay, shared), settings | marks)
         group["params"].append(parameter)
     for index, group in enumerate(optim.groups):
         if index not in used:

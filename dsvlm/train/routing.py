@@ -1,4 +1,4 @@
-"""Expert routing in a run: figures for its metrics, and the ranks that share the experts' work."""
+"""Expert routing in a run: figures for its metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsvlm.config import MoeConfig, Recipe
+from dsvlm.config import MoeConfig
 
 if TYPE_CHECKING:
     from dsvlm.model.git import GitVlm
@@ -44,23 +44,3 @@ def routing_row(config: MoeConfig | None, layers: list[str], figures: np.ndarray
             rows["token_entropy"][name] = sums["local_entropy"] / sums["groups"]
             rows["loss"] |= {f"{name}.{loss}": sums[loss] / sums["groups"] for loss in LOSSES}
     return {f"moe_{kind}": found for kind, found in rows.items()}
-
-
-def share_experts(model: GitVlm, recipe: Recipe) -> None:
-    """Lets all ranks share the experts' work, when the recipe says so; collective."""
-    if not recipe.train.expert_parallel:
-        return
-    import torch.distributed as dist
-
-    from dsvlm.model.moe import ALIGN
-    from dsvlm.model.moe_parallel import ExpertParallel
-    from dsvlm.model.moe_place import moe_layers
-    from dsvlm.ops import expert_capacity
-
-    moe, train, tokens = recipe.model.moe, recipe.train, model.vision.tokens
-    images = train.micro_tokens // tokens if train.micro_tokens else train.micro_batch
-    room = expert_capacity(tokens, moe.experts, moe.k, moe.capacity_factor)
-    rows = -(-(images + 1) * room // ALIGN) * ALIGN  # a stand-in may come to the images
-    parallel = ExpertParallel(dist.group.WORLD, moe.experts, rows)
-    for layer in moe_layers(model):
-        layer.parallel = parallel

@@ -7,22 +7,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dsvlm.model.moe_parallel import share_of
 from dsvlm.train import build, checkpoint
 from dsvlm.train.ema import Ema
 from dsvlm.train.engine import make_engine
-from dsvlm.train.fragments import gather, trainable
+from dsvlm.train.experts import share_experts
+from dsvlm.train.fragments import STATES, fragment, gather, trainable
 from dsvlm.train.guard import Guard
 from dsvlm.train.loop import create_optimizer_state
 from dsvlm.train.optim import lr_factor, set_lr
-from dsvlm.train.routing import share_experts
 from dsvlm.train.window import WindowSums, accumulate, target_weights, teaching
 from tests.dist.runs import train_until  # noqa: F401
 
 
 class Tiny:
-    """A planned recipe with its model, on this rank."""
+    """A planned recipe with its model, on this rank; path: of a checkpoint to begin with."""
 
-    def __init__(self, recipe, double: bool):
+    def __init__(self, recipe, double: bool, path: str = ""):
         self.recipe = recipe
         self.planned = build.plan_run(recipe)
         codec = build.make_tokenizer(self.planned)
@@ -31,6 +32,8 @@ class Tiny:
             self.model.double()
         size = recipe.model.vision.config["image_size"]
         self.loader = build.make_loader(self.planned, codec, size, dist.get_rank(), dist.get_world_size())
+        if path:
+            checkpoint.load_weights(self.model, Path(path))
         share_experts(self.model, recipe)
 
     def window(self, engine, step: int) -> WindowSums:
@@ -84,8 +87,8 @@ def loss_and_gradient(recipe, step: int = 0) -> tuple[list[float], dict[str, np.
         sums: dict[str, torch.Tensor] = {}
         for name, parameter in trainable(engine):
 
-            def add(grad, name=name):
-                sums[name] = sums.get(name, 0.0) + grad.detach().clone()
+            def add(grad, name=name, share=share_of(parameter)):
+                sums[name] = sums.get(name, 0.0) + (grad.detach().clone() if share is None else spread(grad, share))
 
             parameter.register_hook(add)
         losses = tiny.window(engine, step).total.tolist()
@@ -96,6 +99,13 @@ def loss_and_gradient(recipe, step: int = 0) -> tuple[list[float], dict[str, np.
             dist.all_reduce(sums[name])
             total[name] = (sums[name] / dist.get_world_size()).numpy()
         return losses, total
+
+
+def spread(grad: torch.Tensor, share) -> torch.Tensor:
+    """A share's gradient in its place of the whole one's, 0 elsewhere."""
+    whole = grad.new_zeros(share.whole.numel())
+    whole[share.start : share.start + grad.numel()] = grad.detach().flatten()
+    return whole.view(share.whole)
 
 
 def by_backend(recipe, backend: str) -> tuple[int, list[float], dict[str, np.ndarray]]:
@@ -131,16 +141,32 @@ def loads(recipe, layer: int = 0) -> list[np.ndarray]:
 
 def weights_after(recipe, steps: int, drop_dummy: bool = False) -> dict[str, np.ndarray]:
     """The fp32 weights after some updates, whole, from the engine's own reduced gradients."""
+    return updates(recipe, steps, drop_dummy)["weights"]
+
+
+def updates(recipe, steps: int, drop_dummy: bool = False) -> dict:
+    """`weights_after`, with the gradients' norms before each, and how many numbers of experts this rank keeps."""
     tiny = Tiny(recipe, double=False)
     tiny.model.train()
     if drop_dummy:
         skip_vision_without_images(tiny.model)
     with engine_of(tiny) as engine:
+        norms = []
         for step in range(steps):
             set_lr(engine.optimizer, lr_factor(step, recipe.schedule.steps, recipe.optim))
             tiny.window(engine, step)
             engine.step()
-        return {name: gather(engine, p).detach().clone().numpy() for name, p in trainable(engine)}
+            norms.append(float(engine.get_global_grad_norm() or 0.0))
+        weights = {name: gather(engine, p).detach().clone().numpy() for name, p in trainable(engine)}
+        experts = [p for name, p in trainable(engine) if ".experts." in name]
+        kept = {"parameters": sum(p.numel() for p in experts)}
+        if recipe.train.zero < 3:
+            kept |= {key or "master": sum(held(fragment(engine, p, key)) for p in experts) for key in (None, *STATES)}
+        return {"weights": weights, "norms": norms, "kept": kept}
+
+
+def held(piece) -> int:
+    return 0 if piece is None else piece[1].numel()
 
 
 def skip_vision_without_images(model) -> None:
@@ -173,8 +199,7 @@ def go_straight(recipe, directory: str, steps: int, then: int) -> tuple[str, lis
 
 def go_on(recipe, path: str, steps: int, then: int) -> tuple[list, dict]:
     """The same later losses and averages, from the checkpoint in a new engine."""
-    tiny = Tiny(recipe, double=False)
-    checkpoint.load_weights(tiny.model, Path(path))
+    tiny = Tiny(recipe, double=False, path=path)
     with engine_of(tiny) as engine:
         ema = Ema(engine, 0.9)
         create_optimizer_state(engine, tiny.loader, recipe)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from dsvlm.config import load_recipe
 from dsvlm.export import GitVlm, export_run
 from dsvlm.train.build import make_tokenizer, plan_run
+from dsvlm.train.checkpoint import read_tensors
 from dsvlm.train.lengths import beside_shards, make_lengths
 from tests.dist.recipes import tiny
 from tests.dist.test_gradient import assert_equal
@@ -72,8 +74,8 @@ SHARED = {"where": ["vision", "connector"]}
 
 
 @pytest.mark.parametrize("world_size, zero, micro_batch", [(2, 0, 3), (2, 2, 1), (2, 1, 64)])
-def test_shared_work(pools, data_root, single, world_size, zero, micro_batch):
-    """Expert parallelism: rows travel to the rank that computes their expert, and the gradient is the same."""
+def test_shared_experts(pools, data_root, single, world_size, zero, micro_batch):
+    """Expert parallelism: rows travel to the rank that holds their expert, and the gradient is the same."""
     recipe = with_experts(data_root, zero, micro_batch, SHARED, train__expert_parallel=True)
     for rank in pools(world_size).run("gradient", recipe=recipe):
         assert_equal(rank, single(**SHARED), 1e-12)
@@ -83,6 +85,60 @@ def test_experts_that_cannot_be_dealt(pools, data_root):
     recipe = with_experts(data_root, 0, 3, SHARED | {"experts": 5}, train__expert_parallel=True)
     with pytest.raises(AssertionError, match="5 experts .* cannot be dealt to 2 ranks"):
         pools(2).run("gradient", recipe=recipe)
+
+
+STEPPING = {"optim__clip": 0.5, "optim__weight_decay": 0.1}
+PARTS = {"all": {}, "none": {"model__freeze": ["experts"]}}
+
+
+@pytest.fixture(scope="module")
+def unshared(pools, data_root):
+    """Updates on one rank that holds all experts, by which of them train."""
+    known = {}
+
+    def reference(part):
+        recipe = with_experts(data_root, 0, 3, SHARED, **STEPPING, **PARTS[part])
+        if part not in known:
+            known[part] = pools(1).run("updates", recipe=recipe, steps=3)[0]
+        return known[part]
+
+    return reference
+
+
+@pytest.mark.parametrize("zero, part", [(0, "all"), (1, "all"), (2, "all"), (1, "none")])
+def test_shared_experts_take_the_same_steps(pools, data_root, unshared, zero, part):
+    """Each rank keeps half of the experts, their masters and moments; all know the norm of all gradients and clip."""
+    recipe = with_experts(data_root, zero, 3, SHARED, train__expert_parallel=True, **STEPPING, **PARTS[part])
+    wanted, ranks = unshared(part), pools(2).run("updates", recipe=recipe, steps=3)
+    assert min(wanted["norms"]) > 0.5 and any(".experts." in name for name in wanted["weights"]) == (part != "none")
+    for rank in ranks:
+        assert worst(rank["weights"], wanted["weights"]) < 2e-5
+        assert rank["kept"] == {what: count / 2 for what, count in wanted["kept"].items()}
+        assert rank["norms"] == ranks[0]["norms"]
+        np.testing.assert_allclose(rank["norms"], wanted["norms"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks, zero, shared, then_ranks, then_zero, then_shared", [
+    (2, 0, True, 2, 0, True), (2, 2, True, 2, 3, False), (1, 0, False, 2, 1, True),
+])  # fmt: skip
+def test_checkpoints_hold_all_experts(
+    pools, data_root, ranks, zero, shared, then_ranks, then_zero, then_shared, tmp_path
+):
+    """So that a run may go on with its experts shared or not."""
+    steps = {"steps": 2, "then": 2}
+    recipe = with_experts(data_root, zero, 3, SHARED, train__expert_parallel=shared, **STEPPING)
+    other = with_experts(data_root, then_zero, 3, SHARED, train__expert_parallel=then_shared, **STEPPING)
+    path, losses, averages = pools(ranks).run("go_straight", recipe=recipe, directory=str(tmp_path), **steps)[0]
+    weights = dict(read_tensors(Path(path), "weights"))
+    inner = weights["vision.tower.encoder.layers.0.mlp.experts.inner"]
+    assert len(inner) == 4 and len(inner.flatten(1).unique(dim=0)) == 4, "experts that are alike would hide a mix-up"
+    for losses_again, averages_again in pools(then_ranks).run("go_on", recipe=other, path=path, **steps):
+        np.testing.assert_allclose(losses_again, losses, rtol=1e-5)
+        assert worst(averages_again, averages) <= (0 if recipe == other else 1e-5)
+
+
+def worst(found: dict, wanted: dict) -> float:
+    return max(float(np.abs(found[name] - wanted[name]).max()) for name in wanted)
 
 
 ONE_CHOICE, ALONE = {"capacity_factor": 0.3, "k": 1}, {"schedule__rounds": "packed"}
@@ -97,7 +153,7 @@ def test_a_rank_that_routes_nothing_to_an_expert(pools, data_root):
     for zero in (1, 2, 3):
         found = pools(2).run("weights_after", recipe=with_experts(data_root, zero, 1, ONE_CHOICE, **ALONE), steps=3)
         for rank in found:
-            assert max(float(np.abs(rank[name] - alone[name]).max()) for name in alone) < 2e-5, f"ZeRO-{zero}"
+            assert worst(rank, alone) < 2e-5, f"ZeRO-{zero}"
 
 
 def rows(recipe) -> list[dict]:
@@ -142,10 +198,12 @@ def test_the_recipe_tells_of_its_routing(straight):
         assert row["moe_loss"]["vision0.image.load"] > 0
 
 
-@pytest.mark.parametrize("zero, ranks, micro_batch", [(1, 2, 4), (2, 2, 4), (3, 2, 4), (0, 1, 5)])
-def test_interrupted_and_gone_on_with(pools, short, straight, zero, ranks, micro_batch):
+@pytest.mark.parametrize("zero, ranks, micro_batch, shared", [
+    (1, 2, 4, False), (2, 2, 4, True), (3, 2, 4, False), (0, 1, 5, False),
+])  # fmt: skip
+def test_interrupted_and_gone_on_with(pools, short, straight, zero, ranks, micro_batch, shared):
     """Bit for bit with the same settings; with others up to rounding, which no token's choice of experts hangs on."""
-    recipe = short(f"zero{zero}", zero, **{"train.micro_batch": micro_batch})
+    recipe = short(f"zero{zero}", zero, **{"train.micro_batch": micro_batch, "train.expert_parallel": shared})
     assert pools(ranks).run("train_until", recipe=recipe, stop=3) == [0] * ranks
     assert pools(ranks).run("train_until", recipe=recipe, stop=6) == [3] * ranks
     if zero == 3:

@@ -1,5 +1,8 @@
 """Weights after updates with the engine's own reduced gradients: against one rank without ZeRO, and against staleness."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.dist.recipes import STRATEGIES, tiny
@@ -46,6 +49,20 @@ def test_offloaded_optimizers_take_the_same_steps(pools, data_root, single, name
 def test_shipped_configurations_are_readable(data_root):
     for path in ds_configs().glob("*.json"):
         assert read_ds_config(tiny(data_root, train__zero=int(path.stem[4]), train__ds_config=str(path)))
+
+
+@pytest.mark.parametrize("key, value, shared", [
+    ("round_robin_gradients", True, False), ("contiguous_gradients", False, True), ("reduce_scatter", False, True),
+])  # fmt: skip
+def test_configurations_that_would_train_or_save_something_else(data_root, tmp_path, key, value, shared):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1, key: value}}))
+    recipe = tiny(data_root, train__zero=1, train__ds_config=str(path))
+    if shared:
+        read_ds_config(recipe)
+        recipe = replace(recipe, train=replace(recipe.train, expert_parallel=True))
+    with pytest.raises(ValueError, match=f"own.json sets '{key}'"):
+        read_ds_config(recipe)
 
 
 def test_stale_gradients_without_the_dummy_image(pools, data_root, single):
