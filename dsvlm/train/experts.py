@@ -19,15 +19,15 @@ def share_experts(model: GitVlm, recipe: Recipe) -> None:
 
     if not recipe.train.expert_parallel or dist.get_world_size() == 1:
         return
-    from dsvlm.model.moe import ALIGN
+    from dsvlm.model.moe import ALIGN, MOST_GROUPS
     from dsvlm.model.moe_parallel import ExpertParallel
     from dsvlm.model.moe_place import moe_layers
     from dsvlm.ops import expert_capacity
 
     moe, train, tokens = recipe.model.moe, recipe.train, model.vision.tokens
-    images = train.micro_tokens // tokens if train.micro_tokens else train.micro_batch
+    images = 1 + (train.micro_tokens // tokens if train.micro_tokens else train.micro_batch)  # with a stand-in
     room = expert_capacity(tokens, moe.experts, moe.k, moe.capacity_factor)
-    rows = -(-(images + 1) * room // ALIGN) * ALIGN  # a stand-in may come to the images
+    rows = -(-images * room // ALIGN) * ALIGN + images // MOST_GROUPS * ALIGN  # each routing call aligns its own
     parallel = ExpertParallel(dist.group.WORLD, moe.experts, rows)
     for layer in moe_layers(model):
         layer.parallel = parallel
