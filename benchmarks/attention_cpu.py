@@ -6,7 +6,6 @@ clock, with one thread the processor's, which a busy machine disturbs less.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,10 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.attention_shapes import SHAPES, Shape, alike
-from benchmarks.measure import IDLE_LOAD, Row, interleaved, load, machine, markdown, progress, ratios, spread
+from benchmarks.measure import IDLE_LOAD, Row, interleaved, load, machine, markdown, progress, publish, ratios, spread
 from dsvlm.ops import GitMask, git_attention
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS, THREADS = 7, 2
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL = Shape("OPT-350M packed 8x(257+64)", 16, 16, 64, alike(1, 257, 64, 8))
@@ -108,15 +106,7 @@ def main() -> None:
         "date": date.today().isoformat(), "publishable": not busy and args.repeats >= REPEATS, "threads": args.threads,
         "repeats": args.repeats, "load": [at_start, load()], "machine": machine(), "rows": [r.to_dict() for r in rows],
     }  # fmt: skip
-    text = render(report)
-    print(text)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        name = RESULTS / f"attention-cpu-{report['date']}"
-        name.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        name.with_suffix(".md").write_text(text + "\n")
+    publish(report, render(report), "attention-cpu", args.json, args.save)
 
 
 def render(report: dict) -> str:

@@ -10,7 +10,6 @@ Other loaders are compared when they are installed: benchmarks/requirements.txt.
 
 import argparse
 import dataclasses
-import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.inputs import make_inputs
-from benchmarks.measure import IDLE_LOAD, Row, load, machine, markdown, progress
+from benchmarks.measure import IDLE_LOAD, Row, load, machine, markdown, progress, publish
 
-RESULTS = Path(__file__).parent / "results"
 PARTS = "abcdefghp"
 
 
@@ -116,15 +114,7 @@ def main() -> None:
     if unknown := [part for part in parts if part not in PARTS or not part]:
         parser.error(f"--only {','.join(unknown)}: parts are {', '.join(PARTS)}")
     report = run(parts, args.work, size)
-    text = render(report)
-    print(text)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        name = RESULTS / f"data-{report['date']}"
-        name.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        name.with_suffix(".md").write_text(text + "\n")
+    publish(report, render(report), "data", args.json, args.save)
 
 
 def run(parts: list[str], work: Path, size: Size) -> dict:

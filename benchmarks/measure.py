@@ -1,5 +1,6 @@
 """How the benchmarks measure: interleaved repeats, medians and ranges, the machine's load, memory of processes."""
 
+import json
 import os
 import platform
 import statistics
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+RESULTS = Path(__file__).parent / "results"
 IDLE_LOAD = 0.3  # above it at the start, figures are not for publishing
 PACKAGES = (
     "torch", "numpy", "pillow", "pyarrow", "transformers", "tokenizers", "simplejpeg", "isal", "webdataset",
@@ -140,6 +142,19 @@ def markdown(rows: Iterable[Row]) -> str:
         tail = "; ".join(text for text in (mark, row.note) if text)
         lines.append(f"| {row.part} | {row.what} | {shown(row.value)} {row.unit} | {low_high} | {row.goal} | {tail} |")
     return "\n".join(lines)
+
+
+def publish(report: dict, text: str, name: str, to_json: Path | None, save: bool) -> None:
+    """Prints the table; writes the report to `to_json`, and with `save` both into results/, by name and date."""
+    print(text)
+    data = json.dumps(report, indent=1) + "\n"
+    if to_json:
+        to_json.write_text(data)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        target = RESULTS / f"{name}-{report['date']}"
+        target.with_suffix(".json").write_text(data)
+        target.with_suffix(".md").write_text(text + "\n")
 
 
 def shown(value: float) -> str:

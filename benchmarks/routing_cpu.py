@@ -6,7 +6,6 @@ fp32, interleaved repeats, medians. Ours also gives the sums of all other losses
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import routing_peers as peers
-from benchmarks.measure import IDLE_LOAD, Row, interleaved, load, machine, markdown, progress, ratios, spread
+from benchmarks.measure import IDLE_LOAD, Row, interleaved, load, machine, markdown, progress, publish, ratios, spread
 from benchmarks.routing_peers import Case, Peer
 from dsvlm.ops import moe_combine, moe_permute, moe_route
 
-RESULTS = Path(__file__).parent / "results"
 CASES = (Case("E = 32, top-1", 16384, 768, 32), Case("E = 8, top-1", 16384, 768, 8),
          Case("E = 64, top-1", 16384, 768, 64), Case("E = 32, top-2", 16384, 768, 32, 2))  # fmt: skip
 SMALL = (Case("small", 512, 16, 8), Case("small, top-2", 512, 16, 8, 2))
@@ -157,15 +155,7 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(args.threads)
     report = run(args.repeats, args.quick)
-    text = render(report)
-    print(text)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        name = RESULTS / f"routing-cpu-{report['date']}"
-        name.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        name.with_suffix(".md").write_text(text + "\n")
+    publish(report, render(report), "routing-cpu", args.json, args.save)
 
 
 if __name__ == "__main__":
