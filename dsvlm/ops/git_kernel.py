@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dsvlm.ops.library import library
+from dsvlm.ops.library import built_for
 
 OPS = ("git_attention_forward", "git_attention_backward")
 DTYPES = {
@@ -71,15 +71,12 @@ def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None)
 @torch.compiler.assume_constant_result
 def has_kernel(device: str) -> bool:
     """Whether the library is there, and was built with the op for this type of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    return with_fakes() and all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dsvlm::{op}", key) for op in OPS)
+    return built_for(device, OPS) and with_fakes()
 
 
 @functools.cache
 def with_fakes() -> bool:
-    """Loads the library and tells torch.compile what shapes the ops return; False where there is no library."""
-    if not library():
-        return False
+    """Tells torch.compile what shapes the ops return; they are there."""
     torch.library.register_fake(f"dsvlm::{OPS[0]}", fake_forward)
     torch.library.register_fake(f"dsvlm::{OPS[1]}", fake_backward)
     return True

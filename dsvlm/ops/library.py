@@ -23,3 +23,12 @@ def library() -> bool:
         warnings.warn(f"dsvlm: no compiled ops, the slower PyTorch reference serves: {error}", stacklevel=2)
         return False
     return True
+
+
+@functools.cache
+def built_for(device: str, ops: tuple[str, ...]) -> bool:
+    """Whether the library is there and has all these ops for a type of device, "cpu" or "cuda"."""
+    if not library() or not all(hasattr(torch.ops.dsvlm, op) for op in ops):  # one from before there were these ops
+        return False
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dsvlm::{op}", key) for op in ops)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dsvlm.ops.library import library
+from dsvlm.ops.library import built_for
 
 OPS = ("moe_route", "moe_permute", "moe_combine")
 DTYPES = {
@@ -30,20 +30,12 @@ def kernel_refuses(x: Tensor) -> str:
 @torch.compiler.assume_constant_result
 def has_kernel(device: str) -> bool:
     """Whether the library is there, and was built with the ops for this type of device."""
-    return built_for(device)
+    return built_for(device, OPS) and with_fakes()
 
 
 @functools.cache
-def built_for(device: str) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    return registered() and all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dsvlm::{op}", key) for op in OPS)
-
-
-@functools.cache
-def registered() -> bool:
-    """Loads the library and tells torch.compile what its ops return; False where there is none."""
-    if not library() or not hasattr(torch.ops.dsvlm, "moe_route"):  # a library from before there were these ops
-        return False
+def with_fakes() -> bool:
+    """Tells torch.compile what the ops return; they are there."""
     for op, forward, backward in (
         ("moe_route", fake_route, fake_route_backward),
         ("moe_permute", fake_permute, fake_permute_backward),
