@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
-# A build of DeepSpeed's that was killed leaves a lock behind: ours lies where nobody else builds.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
@@ -27,8 +25,6 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 test: venv  ## run the whole test suite
-	@echo "building DeepSpeed's shared-memory op (about a minute, only the first time)"
-	@DS_ACCELERATOR=cpu $(BIN)/python -c 'from dsvlm.train.launch import build_shared_memory_op as build; build()'
 	$(BIN)/python -m pytest
 
 lint: venv  ## check the code with ruff
@@ -46,4 +42,4 @@ data/scenes: | venv
 	mv data/scenes.part data/scenes
 
 clean:  ## remove what the targets made, but keep data/ and runs/
-	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

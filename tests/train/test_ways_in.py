@@ -74,6 +74,8 @@ def test_killed_rank_then_interrupted(tiny, uninterrupted):
 
     assert tiny.finish(tiny.start(deepspeed(tiny, output))) == 0, tiny.log()
     assert tiny.rows(output) == uninterrupted
+    left = [path.name for path in Path("/dev/shm").glob("deepspeed_*") if path.stat().st_mtime >= since]
+    assert not left, "nobody would ever remove them, and they are memory"
 
 
 def test_one_rank_tells_the_same_training_as_two(tiny, uninterrupted):
