@@ -21,8 +21,8 @@ from dsvlm.ops.git_kernel import has_kernel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 OURS, DENSE, EFFICIENT, TWO_CALL = "ours", "SDPA dense", "SDPA efficient", "two calls"
-VARLEN, FLEX, FLEX_FLASH = "two calls, varlen", "Flex", "Flex, FLASH backend"
-CAUSAL, MAGI = "cuDNN causal", "MagiAttention"
+VARLEN, FLEX, FLEX_FLASH = "two calls, varlen", "Flex", "Flex, FLASH backend"  # FlashAttention-4 with its mask_mod
+CAUSAL, MAGI, FLASH = "cuDNN causal", "MagiAttention", "flash-attn 2, two calls"
 
 
 class Unavailable(Exception):
@@ -190,6 +190,28 @@ def two_call_varlen(shape: Shape, plan: dict[str, Any], varlen_attn: Callable | 
     return attend
 
 
+def flash_two_call(shape: Shape, plan: dict[str, Any], package: Any = None) -> Attend:
+    """The flash-attn package: rows that are alike in two plain calls, others in two of variable length."""
+    if package is None:
+        if not installed("flash_attn.flash_attn_interface"):  # FlashAttention-4 brings a flash_attn without it
+            raise Unavailable("not installed")
+        import flash_attn as package
+
+    def varlen(q, k, v, ends_q, ends_k, max_q, max_k, window_size=(-1, -1)) -> Tensor:
+        causal = window_size == (-1, 0)  # from the lower right corner, since 2.1
+        return package.flash_attn_varlen_func(q, k, v, ends_q, ends_k, max_q, max_k, causal=causal)
+
+    if shape.uniform is None:
+        return two_call_varlen(shape, plan, varlen)
+    images, attend = shape.uniform[0], package.flash_attn_func
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = attend(q[:, :images], k[:, :images], v[:, :images])
+        return torch.cat((seen, attend(q[:, images:], k, v, causal=True)), dim=1)
+
+    return twice
+
+
 def block_mask(shape: Shape, ids: Tensor, image: Tensor) -> Any:
     if not torch.cuda.is_available():
         raise Unavailable("needs CUDA: no backward on the CPU")
@@ -269,6 +291,7 @@ PEERS = (
     Peer(VARLEN, varlen_plan, two_call_varlen, extra=True),
     Peer(FLEX, block_mask, flex),
     Peer(FLEX_FLASH, block_mask, functools.partial(flex, backend="FLASH")),
+    Peer(FLASH, varlen_plan, flash_two_call),
     Peer(MAGI, slices, magi),
     Peer(CAUSAL, no_mask, cudnn_causal, exact=False),
 )

@@ -79,6 +79,45 @@ def test_two_calls_of_variable_length_are_the_mask(shape):
     assert exact_error(shape, peers.two_call_varlen(shape, plan, fake_varlen)) < 1e-5
 
 
+class FakeFlash:
+    """What the flash-attn package computes, causal from the lower right corner."""
+
+    @staticmethod
+    def flash_attn_func(q, k, v, causal=False):
+        group = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        return peers.sdpa(q, k, v, attn_mask=seen.tril(k.shape[1] - q.shape[1]) if causal else seen)
+
+    @staticmethod
+    def flash_attn_varlen_func(q, k, v, *ends, causal=False):
+        return fake_varlen(q, k, v, *ends, window_size=(-1, 0) if causal else (-1, -1))
+
+
+@pytest.mark.parametrize("shape", [SMOKE[0], RAGGED, PACKED_FULL, LEFT], ids=lambda shape: shape.name)
+def test_the_flash_attn_package_in_two_calls_is_the_mask(shape):
+    plan = peers.varlen_plan(shape, *shape.layout(torch.device("cpu")))
+    assert exact_error(shape, peers.flash_two_call(shape, plan, FakeFlash)) < 1e-5
+
+
+@pytest.mark.parametrize("peer, package", [
+    (peers.FLASH, "flash_attn.flash_attn_interface"), (peers.FLEX_FLASH, "flash_attn.cute"),
+    (peers.MAGI, "magi_attention"),
+])  # fmt: skip
+def test_a_peer_that_is_not_installed_is_one_line_of_the_report(monkeypatch, peer, package):
+    asked = []
+    monkeypatch.setattr(peers, "installed", asked.append)  # None: it is not
+    shapes = SMOKE[:2]
+    (chosen,) = [each for each in peers.PEERS if each.name == peer]
+    masks = {peers.FLEX_FLASH: lambda *layout: None}  # BlockMasks need CUDA
+    chosen = peers.Peer(peer, masks.get(peer, chosen.build), chosen.attend)
+    ceilings = {"bytes_per_s": 1e9, "flop_per_s": 1e9}
+    records = [attention.measure_shape(shape, [chosen], 1, ceilings) for shape in shapes]
+    assert asked == [package] * len(shapes)
+    lines = [line for line in attention.render(records, []).splitlines() if "not measured" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"* not measured: {peer}: ") and "installed" in lines[0]
+
+
 def test_grouped_heads_are_asked_for_where_that_is_known():
     seen = []
 

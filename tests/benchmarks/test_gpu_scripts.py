@@ -51,13 +51,97 @@ after 9 cat {{parts}}/../order; echo {{seconds}}
 def test_the_budget_holds_for_all_stages(tmp_path):
     begin = time.monotonic()
     stages = "other 50 sleep 50\nfirst 50 sleep 50\nsecond 50 echo never"
-    done = gpu_sh(stages, tmp_path, "--budget", "12", "--only", "first,second")
+    done = gpu_sh(stages, tmp_path, "--budget", "22", "--only", "first,second")
     assert time.monotonic() - begin < 40 and done.returncode == 1
     report = json.loads(next(tmp_path.glob("smoke-*.json")).read_text())
     assert [(stage["stage"], stage["result"]) for stage in report["stages"]] == [
         ("first", "out of time"), ("second", "out of time"),
     ]  # fmt: skip
     assert report["stages"][0]["seconds"] <= 3 and report["stages"][1]["said"] == ""
+
+
+def test_a_stage_leaves_time_to_those_after_it_down_to_half_of_its_own(tmp_path):
+    stages = "first 18 echo {seconds}\nbeside& 500 echo {seconds}\nlast 8 echo {seconds}\nlate 200 echo {seconds}"
+    gpu_sh(stages, tmp_path, "--budget", "40", "--only", "first,beside,last")
+    report = json.loads(next(tmp_path.glob("smoke-*.json")).read_text())
+    given = [int(stage["said"]) for stage in report["stages"]]
+    assert 10 <= given[0] <= 12 and given[0] + given[2] <= 20 and given[2] == 8
+
+
+def test_all_stages_fit_into_nine_minutes_and_come_by_importance():
+    """Without their commands: what the script would run on a GPU host."""
+    code = "source <(sed -n '/^stages()/,/^}/p' benchmarks/gpu.sh); smoke= python=python measured=m stages"
+    lines = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20).stdout
+    stages = [line.split()[:2] for line in lines.splitlines()]
+    names = [name for name, _ in stages]
+    assert names == ["build", "compile&", "sanitizer&", "tests", "attention", "routing", "layers"]
+    limits = dict(stages)
+    alone = sum(int(limit) for name, limit in stages if not name.endswith("&"))
+    # attention gives up to half of its time to the two after it: all of them run even if each takes all it may
+    assert alone - int(limits["attention"]) // 2 <= 530 - 20
+    assert max(int(limits["compile&"]), int(limits["sanitizer&"])) <= int(limits["tests"])
+
+
+FAKE_SANITIZER = """#!/bin/bash
+echo "$@" >> "$FAKE/calls"
+tool=$2
+[ "$FAKE_MODE" != hangs ] || sleep 60
+[ "$FAKE_MODE" != foreign ] || { echo "========= Error: Device not supported"; exit 1; }
+if [ "$FAKE_MODE" = counts ] && [ "$tool" = memcheck ]; then
+    while [ "$1" != -m ]; do command=$1; shift; done
+    "$command" "$@" --collect-only || exit
+fi
+if [ "$FAKE_MODE" = finds ] && [ "$tool" = racecheck ]; then
+    echo "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+    exit 86
+fi
+[ "$tool" = racecheck ] && echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" ||
+    echo "========= ERROR SUMMARY: 0 errors"
+"""
+CLEAN = "memcheck: 0 errors; racecheck: 0 hazards displayed (0 errors, 0 warnings); synccheck: 0 errors"
+HAZARDS = "2 hazards displayed (2 errors, 0 warnings)"
+
+
+def sanitized(tmp_path, monkeypatch, mode: str, beside: str, seconds: int = 50) -> tuple[int, dict, str]:
+    """Exit status, the stage as the report has it, and its log; mode: what the fake tool does, beside: name of it."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("nvcc", beside):
+        (tools / name).write_text(FAKE_SANITIZER)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("FAKE_MODE", mode)
+    done = gpu_sh(f"sanitizer {seconds} sanitize {{seconds}}", tmp_path)
+    (stage,) = json.loads(next(tmp_path.glob("smoke-*.json")).read_text())["stages"]
+    return done.returncode, stage, next(tmp_path.glob("smoke-*.log")).read_text()
+
+
+def test_the_sanitizer_checks_a_few_small_tests_of_both_ops(tmp_path, monkeypatch):
+    code, stage, log = sanitized(tmp_path, monkeypatch, "counts", "compute-sanitizer")
+    assert (code, stage["result"], stage["said"]) == (0, "ok", CLEAN), log
+    collected = [line.split("::")[0] for line in log.splitlines() if "::" in line]
+    assert collected.count("tests/ops/test_git_cuda.py") >= 4 and collected.count("tests/ops/test_moe_cuda.py") >= 4
+    assert len(collected) <= 24
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sorted(call.split()[1] for call in calls) == ["memcheck", "racecheck", "synccheck"]
+    assert all("--kernel-name kns=dsvlm --error-exitcode 86" in call for call in calls)
+
+
+@pytest.mark.parametrize("mode, ends, words", [
+    ("finds", 1, [f"racecheck: failed (86) {HAZARDS}", "memcheck: 0 errors"]),
+    ("foreign", 0, ["memcheck: not checked, it does not support this device"]),
+    ("hangs", 1, ["memcheck: out of time", "synccheck: out of time"]),
+])  # fmt: skip
+def test_what_the_sanitizer_says_is_reported(tmp_path, monkeypatch, mode, ends, words):
+    code, stage, log = sanitized(tmp_path, monkeypatch, mode, "compute-sanitizer", 21 if mode == "hangs" else 50)
+    assert code == ends and all(word in stage["said"] for word in words), stage
+    assert mode != "finds" or HAZARDS in log
+
+
+def test_without_a_sanitizer_one_line_says_so(tmp_path, monkeypatch):
+    code, stage, log = sanitized(tmp_path, monkeypatch, "", "nothing")
+    assert code == 0 and stage["said"].startswith("not checked: there is no compute-sanitizer"), log
 
 
 def test_unknown_options_are_refused(tmp_path):
