@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from benchmarks.contest import planned_run
@@ -13,6 +14,7 @@ from benchmarks.inputs import PIXELS
 from benchmarks.measure import Row, progress, spread
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.manifest import MANIFEST, SHARDS, arrow_bytes, load_manifest, manifest_bytes
+from dsvlm.schedule.controller import Controlled, State, rounded, score
 
 TASKS = 64
 STATE_LIMIT = 1024  # bytes
@@ -25,22 +27,38 @@ def measure_state(root: Path, work: Path) -> list[Row]:
     from dsvlm.train.checkpoint import RunState, begin
 
     rows = []
-    for tasks, controller in ((TASKS, None), (12, {"kind": "stop_and_go"})):
+    for controller in (None, {"kind": "stop_and_go"}):
         task = {"type": "caption", "shards": "caption", "samples": 8}
         changed = {
-            "tasks": {f"task{number}": task for number in range(tasks)}, "data": {"shared_shards": True},
+            "tasks": {f"task{number}": task for number in range(TASKS)}, "data": {"shared_shards": True},
             "schedule": {"controller": controller},
         }  # fmt: skip
         planned = planned_run(root, [], 0, 32, changed)
+        if control := planned.plan.control:
+            control.state = unlike(control, 10**6, np.random.default_rng(0))
         state = RunState(
             10**6, 2**31, planned.identity.hex(), SCHEDULE_VERSION, hash_of(manifest_record(planned.manifests)),
-            10**4, 10**9, planned.plan.control.pack() if controller else "",
+            10**4, 10**9, control.pack() if control else "",
         )  # fmt: skip
         begin(work / "state", state)
         size = (work / "state" / "state.json").stat().st_size
-        what = f"state in a checkpoint, {tasks} tasks" + (" under stop-and-go" if controller else "")
+        what = f"state in a checkpoint, {TASKS} tasks" + (" under stop-and-go, none alike" if control else "")
         rows.append(Row("d", what, size, "bytes", goal="< 1 KB", met=size < STATE_LIMIT))
     return rows
+
+
+def unlike(control: Controlled, steps: int, drawn: np.random.Generator) -> State:
+    """A state under stop-and-go with fields drawn evenly from all that they can be; losses from 0.0001 to 100."""
+    rules, tasks = control.controller, control.state.tasks.copy()
+    costs = 1 + np.exp(drawn.uniform(np.log(1e-4), np.log(1e2), (2, len(tasks))))
+    tasks["gap"] = drawn.choice([1, rules.gap], len(tasks))
+    tasks["turn"] = drawn.integers(0, tasks["gap"])
+    before, units = control.taken.cursors(steps), np.gcd.reduce(control.taken.shares)
+    tasks["cursor"] = before - drawn.integers(0, before * (rules.gap - 1) // rules.gap // units) * units
+    tasks["cost"], tasks["best"] = rounded(costs[0], control.cost_bits), score(costs[1])
+    tasks["bad"] = drawn.integers(0, rules.patience + 1, len(tasks))
+    tasks["cooldown"] = drawn.integers(0, rules.cooldown + 1, len(tasks))
+    return State(steps, tasks)
 
 
 def make_huge(source: Path, target: Path, shards: int, samples: int) -> Path:

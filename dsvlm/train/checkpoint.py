@@ -1,8 +1,8 @@
 """Checkpoints: whole fp32 tensors in safetensors files, complete if and only if COMPLETE.json is there.
 
     checkpoints/step_00000500/
-        state.json                    step, seed, identity: under 1 KB for any number of tasks (a controller adds
-                                      56 bytes for each), the same for every rank
+        state.json                    step, seed, identity: the same for every rank, and under 1 KB for any number of
+                                      tasks (for 64 that a controller steers)
         weights-00000-of-00002.safetensors   what each rank wrote: masters, `NAME`
         exp_avg-..., exp_avg_sq-...   the optimizer's moments
         ema-...                       averaged weights, when the recipe keeps them
@@ -34,7 +34,7 @@ class RunState:
     """Everything a run needs besides tensors.
 
     step: updates done; identity: hex of what makes the run this run; manifests: one hash of all of them (run.json has
-    each task's); bad, seen: samples masked and drawn so far; controller: its packed state, 56 bytes a task, or empty.
+    each task's); bad, seen: samples masked and drawn so far; controller: its packed state, or empty.
     """
 
     step: int
@@ -87,7 +87,7 @@ def begin(directory: Path, state: RunState) -> None:
     if directory.exists():
         shutil.rmtree(directory)  # half a checkpoint of an earlier start
     directory.mkdir(parents=True)
-    write_file(directory / "state.json", json.dumps(asdict(state), indent=1, sort_keys=True).encode())
+    write_file(directory / "state.json", json.dumps(asdict(state), sort_keys=True, separators=(",", ":")).encode())
 
 
 def my_share(engine, whole) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
 """A checkpoint is there whole or not at all, wherever a kill strikes."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.resume import unlike
 from dsvlm.schedule.controller import Controlled, StopAndGo
 from dsvlm.schedule.mixture import Phase
 from dsvlm.train.build import hash_of
@@ -53,14 +55,22 @@ def test_latest_complete_one_is_last(tmp_path):
     assert read_state(written[0]) == STATE
 
 
-@pytest.mark.parametrize("controlled, limit", [(0, 1000), (10, 1000), (64, 4100)])
-def test_state_is_small(tmp_path, controlled, limit):
-    """Nothing in it grows with tasks, shards or steps but a controller's memory, 56 bytes a task."""
-    control = Controlled([Phase(0, (10**9,) * max(controlled, 1))], StopAndGo(every=10**9))
+@pytest.mark.parametrize("steps, phases, limit", [(10**12, 0, 400), (10**7, 1, 1024), (10**6, 20, 1024)])
+def test_state_is_small(tmp_path, steps, phases, limit):
+    """64 tasks or any number, shards and steps; under stop-and-go no two of 64 tasks are alike in anything."""
     state = RunState(
-        step=10**12, seed=2**63 - 1, identity="f" * 64, schedule_version=10**6, manifests=hash_of({"caption": "cd"}),
-        bad=10**15, seen=10**18, controller=control.pack() if controlled else "",
+        step=steps, seed=2**63 - 1, identity="f" * 64, schedule_version=1, manifests=hash_of({"caption": "cd"}),
+        bad=steps, seen=1000 * steps,
     )  # fmt: skip
+    if phases:
+        drawn = np.random.default_rng(phases)
+        shares = [Phase(1000 * index, tuple(drawn.integers(1, 2000, 64).tolist())) for index in range(phases)]
+        control = Controlled(shares, StopAndGo())
+        control.state = unlike(control, steps, drawn)
+        state = replace(state, controller=control.pack())
+        again = Controlled(shares, StopAndGo())
+        again.restore(state.controller)
+        assert again.state.start == steps and np.array_equal(again.state.tasks, control.state.tasks)
     begin(tmp_path / "step", state)
     assert (tmp_path / "step/state.json").stat().st_size < limit
     assert read_state(tmp_path / "step") == state
