@@ -189,10 +189,13 @@ def routing(rows: list[dict]) -> str:
         ]  # fmt: skip
         tiles.append(tile(mine, "kept", f"of the choices served, {name}", "{:.1%}", top=1.0))
         tiles.append(tile(mine, "busiest", f"busiest expert's load, {name}", "{:.2f}"))
+    bad = sum(count for row in rows for count in row.get("moe_bad_tokens", {}).values())
+    first = next((row["step"] for row in rows if any(row.get("moe_bad_tokens", {}).values())), None)
+    note = f"<p><b>{bad:,} tokens had logits that are NaN or infinite, from step {first} on.</b></p>" if bad else ""
     return (
         "<h2>Expert routing</h2><p class='note'>Medians over all updates. Served: choices that got a row at their "
         "expert. Load: what the busiest expert was asked for, over the mean of all; 1 is balance.</p>"
-        f"<div class='tiles'>{''.join(tiles)}</div>"
+        f"{note}<div class='tiles'>{''.join(tiles)}</div>"
     )
 
 

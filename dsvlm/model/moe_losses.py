@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 LOSSES = ("importance", "load", "z", "local_entropy", "global_entropy")
 MODALITIES = ("image", "text")
-SUMS = ("groups", "tokens", "entropy", *LOSSES)  # columns of figures; after them E each of load, kept and probability
+# Columns of figures; after them E each of load, kept and probability.
+SUMS = ("groups", "tokens", "bad_tokens", "entropy", *LOSSES)
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,19 @@ def weights_of(losses: MoeLosses) -> list[float]:
 
 @torch.no_grad()
 def figures_of(groups: Groups, routed: Routing, entropy: Tensor, losses: Tensor, here: slice) -> Tensor:
-    """One row of figures: groups that teach, their tokens, entropy and losses, and [E] load, kept, probability."""
+    """One row of figures: groups that teach, their tokens, those whose logits are no numbers, entropy and losses, and
+    [E] load, kept, probability."""
     share = groups.share[here]
     live = (share > 0).double()
     tokens = (groups.tokens[here] * live).sum()
-    scalars = torch.stack((share.double().sum(), tokens, (entropy[here] * share).double().sum()))
+    bad = torch.zeros_like(groups.share).index_add(0, groups.group.flatten().long(), bad_tokens(routed).long())
+    bad = (bad[here] * live).sum()
+    scalars = torch.stack((share.double().sum(), tokens, bad, (entropy[here] * share).double().sum()))
     by_expert = [(part[:, here].double() @ live) for part in (routed.load, routed.kept)]
     probability = torch.where(live[:, None] > 0, routed.prob_sum[here].double(), 0).sum(dim=0)
     return torch.cat((scalars, losses.double(), *by_expert, probability))
+
+
+def bad_tokens(routed: Routing) -> Tensor:
+    """[N] bool: those that `Routing.bad_rows` counts, whose weights are NaN; padding has weights of 0."""
+    return routed.weight[:, 0].isnan()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,13 +25,15 @@ def routing_row(config: MoeConfig | None, layers: list[str], figures: np.ndarray
     figures: [layers, 2, columns], as in `moe_losses.Told`, summed over the window. moe_success: share of choices that
     got a row; moe_load: share of the choices that each expert was asked for; moe_busiest: its largest times the number
     of experts, 1 = balanced; moe_entropy: of a group's mean softmax, moe_token_entropy: of a token's (nats, means over
-    groups); moe_loss: each loss without its weight.
+    groups); moe_loss: each loss without its weight; moe_bad_tokens: tokens whose router logits are no numbers, of which
+    the first ones of a layer are a warning.
     """
     if config is None:
         return {}
     from dsvlm.model.moe_losses import LOSSES, MODALITIES, SUMS
 
-    rows: dict[str, dict] = {name: {} for name in ("success", "load", "busiest", "entropy", "token_entropy", "loss")}
+    kinds = ("success", "load", "busiest", "entropy", "token_entropy", "loss", "bad_tokens")
+    rows: dict[str, dict] = {kind: {} for kind in kinds}
     for layer, both in zip(layers, figures, strict=True):
         for modality, row in zip(MODALITIES, both, strict=True):
             if not row[0]:
@@ -43,4 +46,20 @@ def routing_row(config: MoeConfig | None, layers: list[str], figures: np.ndarray
             rows["entropy"][name] = sums["entropy"] / sums["groups"]
             rows["token_entropy"][name] = sums["local_entropy"] / sums["groups"]
             rows["loss"] |= {f"{name}.{loss}": sums[loss] / sums["groups"] for loss in LOSSES}
+            rows["bad_tokens"][name] = int(sums["bad_tokens"])
+            if sums["bad_tokens"]:
+                warn_of_bad_tokens(name)
     return {f"moe_{kind}": found for kind, found in rows.items()}
+
+
+def warn_of_bad_tokens(name: str) -> None:
+    """On the first rank, in the same words whenever it happens: Python then shows them once."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(
+            f"the router of {name} gave logits that are NaN or infinite (moe_bad_tokens in metrics.jsonl counts them): "
+            "losses, gradients and weights are no numbers from here on; go back to a checkpoint, with a lower optim.lr "
+            "or a smaller optim.clip",
+            stacklevel=1,
+        )

@@ -20,7 +20,8 @@ MOE = {
     "where": ["vision", "connector", "decoder"], "layers": "every 1", "experts": 4, "k": 2, "capacity_factor": 0.5,
     "noise": 1.0, "image": LOSSES, "text": LOSSES,
 }  # fmt: skip
-PACKED = {"train__micro_tokens": 96, "train__buckets": 3} | {f"tasks__{task}__pack": True for task in ("lines", "question", "locate", "match")}
+TASKS = ("lines", "question", "locate", "match")
+PACKED = {"train__micro_tokens": 96, "train__buckets": 3} | {f"tasks__{task}__pack": True for task in TASKS}
 CLOCK = ("seconds", "tokens_per_s", "data_wait", "useful_tokens", "task_useful_tokens")
 
 
@@ -196,6 +197,7 @@ def test_the_recipe_tells_of_its_routing(straight):
         assert 1 <= row["moe_busiest"]["vision0.image"] <= 4
         assert 0 < row["moe_entropy"]["vision0.image"] <= math.log(4) + 1e-6
         assert row["moe_loss"]["vision0.image.load"] > 0
+        assert row["moe_bad_tokens"] == {"vision0.image": 0}
 
 
 @pytest.mark.parametrize("zero, ranks, micro_batch, shared", [

@@ -122,10 +122,17 @@ def test_experts_have_charts_by_layer_and_modality(copy):
         both = ("vision0.image", "decoder1.text")
         row |= {"moe_success": dict.fromkeys(both, 0.875), "moe_busiest": dict.fromkeys(both, 1.25)}
         row["moe_load"] = dict.fromkeys(both, [0.3, 0.7])
+        row["moe_bad_tokens"] = dict.fromkeys(both, 0)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = Page(write_report(copy).read_text())
+    assert "NaN" not in " ".join(page.text)
     assert page.count("div", "tile") == 4 + 4 and page.text.count("87.5%") == page.text.count("1.25") == 2
     assert "busiest expert's load, decoder1.text" in page.text
+    for row in rows[1:3]:
+        row["moe_bad_tokens"]["decoder1.text"] = 7
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(copy).read_text())
+    assert "14 tokens had logits that are NaN or infinite, from step 1 on." in page.text
 
 
 def test_verdicts():

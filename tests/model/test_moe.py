@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -213,10 +214,54 @@ def test_losses_and_figures(tools):
     assert row["moe_busiest"]["v.image"] == pytest.approx(4 * max(row["moe_load"]["v.image"]))
 
 
+def bad_in(model, batch) -> dict[str, int]:
+    names = [layer.name for layer in moe_layers(model)]
+    return routing_row(model.experts, names, model(batch)["routing"].numpy())["moe_bad_tokens"]
+
+
+@pytest.mark.parametrize("packed", [None, [0, 0, 1, 1]])
+def test_tokens_whose_logits_are_no_numbers_are_counted_where_they_are(tools, packed):
+    """By layer and modality; those of samples that do not teach are not, and each layer warns once."""
+    model = model_of(tools).train()
+    batch = tools.collate(tools.mixed, packed=packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(bad_in(model, batch).values()) == {0}
+    context = moe_layers(model)[0].context
+    real = context.rows.valid & (context.rows.group >= context.rows.images)
+    row, column = real.nonzero()[0].tolist()
+    last = moe_layers(model)[-1]  # the decoder's: what is wrong there is wrong nowhere else
+
+    def spoil(_, args, logits):
+        logits = logits.view(*real.shape, -1).clone()
+        logits[row, column : column + 2, 1] = torch.tensor([torch.nan, torch.inf])
+        logits[~real.any(dim=1)] = torch.nan
+        return logits.flatten(0, 1)
+
+    handle = last.router.register_forward_hook(spoil)
+    with pytest.warns(UserWarning, match=rf"router of {last.name}.text .* lower optim.lr") as told:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            found = bad_in(model, batch)
+    assert len(told) == 1
+    assert {name: count for name, count in found.items() if count} == {f"{last.name}.text": 2}
+    handle.remove()
+
+    moe_layers(model)[0].router.register_forward_hook(lambda _, args, logits: logits * torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bad_in(model, batch)
+        assert found[f"{moe_layers(model)[0].name}.image"] == 20  # 4 images of 5 tokens
+        quiet = [dataclasses.replace(sample, weight=0.0) for sample in tools.mixed[:2]]
+        quiet = tools.collate([*quiet, *tools.mixed[2:]], packed=packed)
+        teaching = sum(weight > 0 for weight in quiet.weight[quiet.image_row].tolist())
+        assert bad_in(model, quiet)[f"{moe_layers(model)[0].name}.image"] == 5 * teaching < 20
+
+
 def test_losses_are_means_over_layers_and_weigh_as_configured(tools):
     out = model_of(tools).train()(tools.collate(tools.mixed))
-    weights = torch.tensor([getattr(LOSSES, name) for name in SUMS[3:]], dtype=torch.float64)
-    sums = (out["routing"][:, :, 3 : len(SUMS)] @ weights).sum(dim=0)
+    weights = torch.tensor([getattr(LOSSES, name, 0.0) for name in SUMS], dtype=torch.float64)
+    sums = (out["routing"][:, :, : len(SUMS)] @ weights).sum(dim=0)
     torch.testing.assert_close(out["aux"], sums / torch.tensor([5, 2]))  # images: 2 + 1 + 2 layers; text: 2
 
 
