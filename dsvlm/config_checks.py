@@ -118,6 +118,11 @@ def check_moe(model: ModelConfig) -> None:
         )
     if not re.fullmatch(r"(every|last) [1-9][0-9]*", moe.layers):
         raise ValueError(f"model.moe.layers: {moe.layers!r} must be 'every N' or 'last N', N at least 1")
+    for part, config in (("vision", model.vision), ("decoder", model.decoder)):
+        blocks = config.config.get("num_hidden_layers")
+        if part in moe.where and blocks is not None and not config.pretrained:  # a checkpoint's are counted when read
+            positive_integer(f"model.{part}.config.num_hidden_layers", blocks)
+            picked(moe.layers, blocks, part)
     within("model.moe.experts", moe.experts, 2, 1024)
     within("model.moe.k", moe.k, 1, moe.experts)
     within("model.moe.capacity_factor", moe.capacity_factor, 0.0, LARGEST)
@@ -136,6 +141,24 @@ def check_moe(model: ModelConfig) -> None:
                 f"model.moe.{name}.tau: {losses.tau} asks for {math.exp(min(losses.tau, 9)):.3g} experts of "
                 f"{moe.experts}; global_entropy needs 0 < tau <= log(experts) = {math.log(moe.experts):.4g}"
             )
+
+
+def picked(layers: str, count: int, part: str) -> list[int]:
+    """Blocks of the `count` of a part: "every n" is n - 1, 2n - 1, ...; "last n" the last n of odd index, as V-MoE.
+
+    ValueError when there are none.
+    """
+    word, number = layers.split()
+    found = list(range(int(number) - 1, count, int(number)))
+    if word == "last":
+        found = list(range(1, count, 2))[-int(number) :]
+    if not found:
+        raise ValueError(
+            f"model.moe.layers: {layers!r} picks none of the {count} blocks that model.{part} has: \"every N\" is "
+            'block N - 1, 2N - 1, ..., and "last N" counts blocks 1, 3, 5, ... only; use "every 1" for all, or take '
+            f"{part} out of model.moe.where"
+        )
+    return found
 
 
 def lora_targets(model: ModelConfig) -> tuple[str, ...]:

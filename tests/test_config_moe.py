@@ -11,7 +11,7 @@ from tests.dist.recipes import DECODERS, RAW
 def parsed(*overrides):
     raw = copy.deepcopy(RAW)
     raw["model"]["decoder"]["config"] = dict(DECODERS["opt"])
-    raw["model"]["moe"] = {"where": ["vision"]}
+    raw["model"]["moe"] = {"where": ["vision"], "layers": "every 1"}
     for override in overrides:
         apply_override(raw, override)
     return parse_recipe(raw)
@@ -23,6 +23,10 @@ def parsed(*overrides):
     (["model.moe.experts=1"], ["model.moe.experts", "between 2"]),
     (["model.moe.k=9"], ["model.moe.k", "9"]),
     (["model.moe.layers=second"], ["model.moe.layers", "'second'", "every N"]),
+    (["model.moe.layers=every 2"], ["model.moe.layers", "'every 2'", "none of the 1 ", "model.vision", "every 1"]),
+    (["model.moe.layers=last 3"], ["model.moe.layers", "'last 3'", "none of the 1 blocks", "vision out of model.moe"]),
+    (["model.moe.layers=every 3", "model.moe.where=[decoder]"], ["none of the 2 blocks", "model.decoder"]),
+    (["model.moe.where=[decoder]", "model.decoder.config.num_hidden_layers=two"], ["num_hidden_layers", "'two'"]),
     (["model.moe.policy=random"], ["model.moe.policy", "bpr"]),
     (["model.moe.group=batch"], ["model.moe.group", "unit"]),
     (["model.moe.image.importence=1"], ["model.moe.image.importence", "importance"]),
@@ -40,6 +44,17 @@ def test_errors_name_path_value_and_remedy(overrides, words):
         parsed(*overrides)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["model.moe.layers=every 2", "model.moe.where=[connector]"],
+    ["model.moe.layers=every 2", "model.moe.where=[decoder]"],
+    ["model.moe.layers=every 2", "model.vision.pretrained=somewhere"],
+    ["model.moe.layers=every 9", "model.moe.where=[decoder]", "model.decoder.config={hidden_size: 16}"],
+])  # fmt: skip
+def test_layers_are_counted_where_the_recipe_has_them(overrides):
+    """Those of a checkpoint, or of Hugging Face's defaults, are counted when the model is built."""
+    parsed(*overrides)
 
 
 def test_t5_takes_none():

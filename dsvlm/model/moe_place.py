@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dsvlm.config_checks import picked
 from dsvlm.model.moe import MoeLayer
 from dsvlm.model.moe_experts import Experts
 
@@ -47,20 +48,6 @@ def place_in_decoder(decoder, config: MoeConfig) -> None:
         else:  # OPT's network is no module of its own
             layer.fc1 = MoeLayer(name, config, from_opt(layer, config), text=True)
             layer.activation_fn, layer.fc2 = nn.Identity(), nn.Identity()
-
-
-def picked(layers: str, count: int, where: str) -> list[int]:
-    """Blocks of `count`: "every n" is n - 1, 2n - 1, ...; "last n" the last n of odd index, both as V-MoE."""
-    word, number = layers.split()
-    found = list(range(int(number) - 1, count, int(number)))
-    if word == "last":
-        found = list(range(1, count, 2))[-int(number) :]
-    if not found:
-        raise ValueError(
-            f'model.moe.layers: {layers!r} picks none of the {count} blocks of the {where}; V-MoE\'s "last" counts '
-            'blocks 1, 3, 5, ... only: use "every 1" for all, or take this part out of model.moe.where'
-        )
-    return found
 
 
 def from_clip(mlp, config: MoeConfig) -> Experts:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dsvlm.config import MoeConfig, MoeLosses, OptimConfig, VisionConfig
+from dsvlm.config_checks import picked
 from dsvlm.model import moe
 from dsvlm.model.moe_experts import Grouped
 from dsvlm.model.moe_losses import SUMS
-from dsvlm.model.moe_place import moe_layers, picked
+from dsvlm.model.moe_place import moe_layers
 from dsvlm.train.optim import parameter_groups
 from dsvlm.train.routing import routing_row
 
@@ -61,7 +62,7 @@ def test_which_blocks():
     assert picked("every 2", 12, "vision") == [1, 3, 5, 7, 9, 11]
     assert picked("last 2", 12, "vision") == [9, 11] and picked("last 2", 7, "vision") == [3, 5]
     assert picked("every 1", 1, "vision") == [0]
-    with pytest.raises(ValueError, match="'last 1' picks none of the 1 blocks of the vision"):
+    with pytest.raises(ValueError, match="'last 1' picks none of the 1 blocks that model.vision has"):
         picked("last 1", 1, "vision")
 
 
