@@ -39,12 +39,13 @@ def test_decoders_agree(data):
     assert far(pillow, other) < 1 and np.abs(pillow.astype(int) - other).max() <= 8
 
 
+@pytest.mark.parametrize("size", [1, 24, 60, 701])
 @pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
-def test_pixels_are_those_of_plain_pillow(name):
-    data = picture(60, 40, kind="PNG")
+def test_pixels_are_those_of_plain_pillow(name, size):
+    data = picture(60, 60, kind="PNG")
     with Image.open(BytesIO(data)) as image:
-        plain = np.asarray(image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    assert np.array_equal(make_decoder(name, 24)(data), plain)
+        plain = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(make_decoder(name, size)(data), plain)
 
 
 @pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
