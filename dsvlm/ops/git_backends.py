@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import flex_attention
 
 from dsvlm.ops.git_mask import GitMask
@@ -42,6 +41,8 @@ def math(
 
 def two_call(q: Tensor, k: Tensor, v: Tensor, images: int, scale: float) -> Tensor:
     """Images among themselves without a mask, then text on everything, causal from the bottom right corner."""
+    from torch.nn.attention.bias import causal_lower_right  # brings torch._dynamo
+
     group = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     parts = []
     if images > 0:

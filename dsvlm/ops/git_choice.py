@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsvlm.ops.git_kernel import kernel_refuses
 from dsvlm.ops.git_mask import GitMask
+from dsvlm.ops.library import constant
 
 MEASURED = Path(__file__).with_name("measured.json")
 
@@ -27,7 +28,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor 
         return "kernel" if fused else dense
     can = {
         "kernel": fused,
-        "two_call": mask.images is not None and alibi_slopes is None,
+        # torch.compile cannot trace the corner of its second call
+        "two_call": mask.images is not None and alibi_slopes is None and not torch.compiler.is_compiling(),
         "flex": mask.kv_len == q.shape[1],
         "sdpa": alibi_slopes is None,
     }
@@ -35,7 +37,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor 
     return measured(q.device.index or 0, q.shape[3], q.shape[1], mask.packed, able) or dense
 
 
-@torch.compiler.assume_constant_result
+@constant
 def measured(device: int, head_size: int, queries: int, packed: bool, able: tuple[str, ...]) -> str | None:
     """The fastest able backend in the table, of the next larger number of queries measured; None: not measured."""
     name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dsvlm.ops.library import built_for
+from dsvlm.ops.library import built_for, constant
 
 OPS = ("git_attention_forward", "git_attention_backward")
 DTYPES = {
@@ -68,7 +68,7 @@ def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None)
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_kernel(device: str) -> bool:
     """Whether the library is there, and was built with the op for this type of device."""
     return built_for(device, OPS) and with_fakes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,3 +33,10 @@ def built_for(device: str, ops: tuple[str, ...]) -> bool:
         return False
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dsvlm::{op}", key) for op in ops)
+
+
+def constant(function: Callable) -> Callable:
+    """Marks a function whose results torch.compile takes for constants, as torch.compiler.assume_constant_result does:
+    that imports all of torch._dynamo for it, a second in every process."""
+    function._dynamo_marked_constant = True
+    return function

@@ -55,6 +55,8 @@ def test_cuda_follows_the_measurements(built, monkeypatch):
     assert choose(*like(**gpu), EQUAL, slopes, 0.0) == "kernel"  # the second row about the same thing
     assert choose(*like(**gpu), GitMask(PACKED.rows, 3, packed=False), None, 0.0) == "kernel"
     assert choose(*like(**gpu, size=80), PACKED, None, 0.0) == "sdpa"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose(*like(**gpu), EQUAL, None, 0.0) == "kernel"
 
 
 def test_the_table_is_what_is_looked_up():

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsvlm.ops import GitMask, git_attention
 from dsvlm.ops.git_kernel import has_kernel
+from dsvlm.ops.library import constant
 
 pytestmark = pytest.mark.skipif(not has_kernel("cpu"), reason="the compiled ops were not built")
 
@@ -42,6 +43,14 @@ def test_fullgraph_with_gradients_and_any_length():
         for a, b in zip(gradients[0], gradients[1], strict=True):
             torch.testing.assert_close(a, b)
     assert len(graphs) == 1, "one graph for all lengths"
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    def ours(): ...
+
+    def theirs(): ...
+
+    assert vars(constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 @pytest.mark.parametrize("slopes", [None, torch.tensor([0.5, 0.25])])
