@@ -103,6 +103,7 @@ def check_model(model: ModelConfig) -> None:
         within("model.lora.dropout", model.lora.dropout, 0.0, 0.9)
     if model.moe:
         check_moe(model)
+    check_attention(model)
     check_sizes(model)
 
 
@@ -159,6 +160,24 @@ def picked(layers: str, count: int, part: str) -> list[int]:
             f"{part} out of model.moe.where"
         )
     return found
+
+
+def check_attention(model: ModelConfig) -> None:
+    """How a part attends follows from its kind: recipes that name it are told what they get."""
+    kind = model.decoder.kind
+    facts = {
+        "vision": "the tower attends by PyTorch's attention, with attention_dropout by dsvlm_git",
+        "decoder": f"decoders of kind {kind} always attend by dsvlm_git",
+    }
+    if kind == "t5":
+        facts["decoder"] = (
+            "T5 attends by Hugging Face's own attention (eager): it adds a learned position bias to the scores, which "
+            "dsvlm_git does not have; use opt, llama or mpt for that"
+        )
+    for part, config in (("vision", model.vision.config), ("decoder", model.decoder.config)):
+        for key in ("attn_implementation", "_attn_implementation"):
+            if key in config:
+                raise ValueError(f"model.{part}.config.{key}: {config[key]!r} is no choice: {facts[part]}; remove it")
 
 
 def lora_targets(model: ModelConfig) -> tuple[str, ...]:

@@ -14,8 +14,11 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from dsvlm.config import RECIPES, load_recipe
+from dsvlm.model.backbone import kind_of
 from dsvlm.model.backbone.attention import NAME, register
 from dsvlm.model.backbone.mpt import use_git_attention
+from dsvlm.model.build import build_model
 from dsvlm.ops import GitMask
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -156,3 +159,38 @@ def test_windows_become_dense_masks():
         model.set_attn_implementation(name)
         outs.append(model(tokens).logits)
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_attends_by_it(name):
+    config = load_recipe(name).model
+    model = build_model(config, vocab_size=50, pad_id=0, bos_id=1, eos_id=2, heads={}, seed=0)
+    assert model.decoder.config._attn_implementation == NAME
+    assert model.vision.tower.config._attn_implementation == "sdpa"  # no mask, no dropout
+
+
+def test_t5_does_not_and_says_why():
+    """It adds a learned position bias to the scores; whoever asks for our attention is refused."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    assert {kind: kind_of(kind).attention for kind in ("opt", "llama", "mpt", "t5")} == {
+        "opt": NAME, "llama": NAME, "mpt": "eager", "t5": "eager",  # MPT's own module calls git_attention
+    }  # fmt: skip
+    register()
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match="T5Attention passed position_bias.*attn_implementation='eager'"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("part, kind, words", [
+    ("decoder", "t5", "learned position bias.*use opt, llama or mpt"),
+    ("decoder", "opt", "kind opt always attend by dsvlm_git; remove it"),
+    ("vision", "opt", "PyTorch's attention.*remove it"),
+])  # fmt: skip
+def test_recipes_do_not_choose_it(part, kind, words):
+    changes = [f"model.decoder.kind={kind}", f"model.{part}.config.attn_implementation={NAME}"]
+    path = rf"model\.{part}\.config\.attn_implementation"
+    with pytest.raises(ValueError, match=rf"{path}: .{NAME}. is no choice.*{words}"):
+        load_recipe("quickstart", changes)
