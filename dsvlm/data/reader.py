@@ -7,8 +7,9 @@ import os
 import threading
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
+from os import pread
 
 import numpy as np
 
@@ -46,10 +47,9 @@ class ShardReader:
     def __init__(self, manifest: Manifest, cache: str = "", cache_mb: int = 10_000):
         self.manifest, self.cache, self.cache_mb = manifest, cache, cache_mb
         self._starts = [0, *accumulate(manifest.sizes)]
-        self._samples = manifest.samples
         self.is_remote = any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
         self._shared = _Shared(manifest, self.is_remote, cache, cache_mb)
-        self._shard = lru_cache(OPEN_SHARDS)(partial(_Shard, self._shared))
+        self._open: dict[int, _Shard] = {}        # by number
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -88,9 +88,19 @@ class ShardReader:
 
         check: compare the checksum, at the price of a pass over the bytes (`checksum.py`).
         """
-        assert 0 <= sample < self._samples, (sample, self._samples)
-        number = bisect_right(self._starts, sample) - 1           # as `_find` does, without its cost
-        return self._shard(number).read(sample - self._starts[number], extension, check)
+        starts = self._starts
+        number = bisect_right(starts, sample) - 1                 # as `_find` does, without its cost
+        row = sample - starts[number]
+        try:
+            shard = self._open[number]                            # held: its descriptor stays open
+            file, offsets, sizes, crcs = shard.plain[extension]
+            offset, size = offsets[row], sizes[row]
+            data = pread(file, size, offset)
+            if offset and len(data) == size and (not check or crc32(data) == crcs[row]):
+                return data
+        except (KeyError, OSError):
+            pass
+        return self._shard(number).read(row, extension, check)    # knows what to do, or says what is wrong
 
     def fetch(self, samples: np.ndarray, when: int, after: np.ndarray | None = None) -> None:
         """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards.
@@ -118,9 +128,17 @@ class ShardReader:
 
     def _find(self, sample: int) -> "tuple[_Shard, int]":
         sample = int(sample)
-        assert 0 <= sample < self._samples, (sample, self._samples)
         number = bisect_right(self._starts, sample) - 1
         return self._shard(number), sample - self._starts[number]
+
+    def _shard(self, number: int) -> "_Shard":
+        """An open shard; of too many, the one opened first is closed."""
+        if (shard := self._open.get(number)) is None:
+            assert 0 <= number < len(self.manifest.names), f"no sample of {len(self)}"
+            shard = self._open[number] = _Shard(self._shared, number)
+            while len(self._open) > OPEN_SHARDS:
+                self._open.pop(list(self._open)[0], None)         # other threads may do the same
+        return shard
 
     def _groups(self, samples: np.ndarray):
         """(shard, rows in it, which of the samples these are: [n] bool) for each shard that holds some of them."""
@@ -188,6 +206,9 @@ class _Shard:
 
             self.parquet = ParquetFile(path, self.file, self.mapping, shared.groups)
             self._size = -1                       # its offsets are none of the file's: `_elsewhere` reads
+        # By extension: descriptor, offsets, sizes, crcs of members that one pread gives.
+        plain = not self.is_remote and self.parquet is None
+        self.plain = {name: (self.file._fd, *columns) for name, columns in self._members.items()} if plain else {}
 
     def where(self, row: int) -> str:
         return f"{self.name}:{self.index.key(row)}"
