@@ -116,6 +116,8 @@ class Controlled:
     stopped, all of them take part in every update.
     """
 
+    chunk = 0
+
     def __init__(self, phases: Sequence[Phase], controller: Controller):
         self.taken, self.controller = Taken(phases), controller
         self.fields = np.dtype([*FIELDS, *controller.memory])

@@ -7,7 +7,11 @@ import hashlib
 
 import numpy as np
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# Arrays without axes: as operands they cost half of what numpy scalars do.
+GOLDEN = np.array(0x9E3779B97F4A7C15, np.uint64)
+_SHIFTS = tuple(np.array(bits, np.uint64) for bits in (30, 27, 31))
+_FACTORS = tuple(np.array(factor, np.uint64) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_ONE = np.array(1, np.uint64)
 
 
 def key64(*parts: int | str) -> int:
@@ -21,16 +25,19 @@ def key64(*parts: int | str) -> int:
 
 def mix(x: np.ndarray) -> np.ndarray:
     """Scramble `x: [...] uint64` by a bijection (the finaliser of splitmix64, Steele et al. 2014; wraps mod 2^64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> _SHIFTS[0])
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
+    return x
 
 
 def hash64(*words: int | np.ndarray) -> np.ndarray:
     """Hash integers in order: words are taken mod 2^64 and broadcast to [...] (at least one axis) uint64."""
     state = np.zeros(1, np.uint64)
     for word in words:
-        state = mix(state + (as_uint64(word) + np.uint64(1)) * GOLDEN)
+        state = mix(state + (as_uint64(word) + _ONE) * GOLDEN)
     return state
 
 
@@ -38,4 +45,5 @@ def as_uint64(word: int | np.ndarray) -> np.ndarray:
     """Return integers as a uint64 array of at least one axis (numpy wraps silently in arrays, but warns in scalars)."""
     if isinstance(word, int):
         return np.array([word % 2**64], np.uint64)
-    return np.atleast_1d(np.asarray(word)).astype(np.uint64)
+    array = np.asarray(word).astype(np.uint64, copy=False)
+    return array if array.ndim else array.reshape(1)

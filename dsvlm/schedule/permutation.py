@@ -1,18 +1,19 @@
 """Keyed permutations with random access, and the order of a task's samples within one epoch."""
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
 from dsvlm.schedule.keys import GOLDEN, as_uint64, hash64, mix
 
 ROUNDS = 16  # with 8 or 12, the orders of 5 to 8 items are measurably uneven
-_ONE = np.uint64(1)
-_HALF = np.uint64(32)
+_ONE = np.array(1, np.uint64)
+_HALF = np.array(32, np.uint64)
 _PIECE = 2**13  # indices that are permuted together: their halves and keys stay in the processor's cache
 _POWERS = _ONE << np.arange(64, dtype=np.uint64)
 _TURNS = np.arange(1, ROUNDS + 1, dtype=np.uint64) * GOLDEN
-_STRIDE = (np.full(1, ROUNDS, np.uint64) * GOLDEN)[0]
+_STRIDE = np.array(ROUNDS * int(GOLDEN) % 2**64, np.uint64)
 
 
 def permute(index: np.ndarray, n: int | np.ndarray, key: int | np.ndarray) -> np.ndarray:
@@ -36,27 +37,34 @@ def permutations(n: int, keys: np.ndarray) -> np.ndarray:
     """
     bits, side = _sides(as_uint64(n))
     low_side, high_side = 1 << int(bits[0]), int(side[0])
-    draws = mix(_turns(keys[:, None]) + np.arange(max(low_side, high_side), dtype=np.uint64) * _STRIDE)
-    add_low = (draws[::2, :, :high_side] & _mask(bits)).astype(np.int32)  # [ROUNDS / 2, k, high_side]
-    add_high = _below(draws[1::2, :, :low_side], side).astype(np.int32)
-    high, low = (np.tile(half.ravel().astype(np.int32), (len(keys), 1)) for half in np.indices((high_side, low_side)))
-    row = np.arange(len(keys))[:, None]
-    for turn in range(ROUNDS // 2):
-        low = (low + add_low[turn].take(row * high_side + high)) & np.int32(low_side - 1)
-        high = high + add_high[turn].take(row * low_side + low)
-        high -= np.int32(high_side) * (high >= high_side)
-    domain = high * np.int64(low_side) + low  # [k, low_side * high_side], whose own table is the way back below n
-    image = domain[:, :n]
-    outside = image >= n
-    while outside.any():
-        image[outside] = domain[np.nonzero(outside)[0], image[outside]]
-        outside = image >= n
+    halves = np.arange(max(low_side, high_side), dtype=np.uint64) * _STRIDE
+    every_high, every_low = (half.reshape(1, -1) for half in np.indices((high_side, low_side)))
+    image, together = np.empty((len(keys), n), np.int64), max(1, 4 * _PIECE // n)
+    for start in range(0, len(keys), together):
+        part = keys[start : start + together, None]
+        turns = _turns(part)
+        add_low = (mix(turns[::2] + halves[:high_side]) & _mask(bits)).view(np.int64)  # [ROUNDS / 2, part, high_side]
+        add_high = _below(mix(turns[1::2] + halves[:low_side]), side).view(np.int64)
+        row = np.arange(len(part))[:, None]
+        low_row, high_row, low, high = row * low_side, row * high_side, every_low, every_high
+        for turn in range(ROUNDS // 2):
+            low = (low + add_low[turn].take(high_row + high)) & (low_side - 1)
+            high = high + add_high[turn].take(low_row + low)
+            high -= high_side * (high >= high_side)
+        domain = high * low_side + low  # [part, low_side * high_side], whose own table is the way back below n
+        inside = domain[:, :n]
+        outside = inside >= n
+        while outside.any():
+            rows, columns = outside.nonzero()
+            inside[rows, columns] = domain[rows, inside[rows, columns]]
+            outside = inside >= n
+        image[start : start + together] = inside
     return image
 
 
 def _walk(network, index, n, key) -> np.ndarray:
-    shape = np.broadcast_shapes(np.shape(index), np.shape(n), np.shape(key))
-    parts = [np.broadcast_to(as_uint64(part), shape or (1,)).reshape(-1) for part in (index, n, key)]
+    shape = np.broadcast(index, n, key).shape
+    parts = [_filled(as_uint64(part), shape or (1,)) for part in (index, n, key)]
     image = np.empty(len(parts[0]), np.int64)
     for start in range(0, len(image), _PIECE):
         x, n, key = (part[start : start + _PIECE] for part in parts)
@@ -69,13 +77,24 @@ def _walk(network, index, n, key) -> np.ndarray:
     return image.reshape(shape)
 
 
+def _filled(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array repeated to a shape, its axes joined to one."""
+    if part.shape != shape:
+        whole = np.empty(shape, np.uint64)
+        whole[...] = part
+        part = whole
+    return part.reshape(-1)
+
+
 def _forward(x, n, key) -> np.ndarray:
     bits, side = _sides(n)
     mask, turns = _mask(bits), _turns(key)
     low, high = _split(x, bits)
     for turn in range(0, ROUNDS, 2):
-        low = (low + mix(turns[turn] + high * _STRIDE)) & mask
-        high = _wrap(high + _below(mix(turns[turn + 1] + low * _STRIDE), side), side)
+        low += mix(turns[turn] + high * _STRIDE)
+        low &= mask
+        high += _below(mix(turns[turn + 1] + low * _STRIDE), side)
+        high = _wrap(high, side)
     return (high << bits) | low
 
 
@@ -110,29 +129,15 @@ def _turns(key) -> np.ndarray:
 
 def _below(draw, limit) -> np.ndarray:
     """Return a draw below `limit` (at most 2^32), from the high bits."""
-    return ((draw >> _HALF) * limit) >> _HALF
+    draw = draw >> _HALF
+    draw *= limit
+    draw >>= _HALF
+    return draw
 
 
 def _wrap(x, side) -> np.ndarray:
     """Return x mod side, x < 2 * side (a subtraction below 0 wraps to something large)."""
     return np.minimum(x, x - side)
-
-
-class Slots(NamedTuple):
-    """Where positions of an epoch lie: slot `index` of the `size` slots of their group, `offset` samples into a block.
-
-    A group's blocks are permuted by its key: slot i holds block first + permute(i, size, key). All [n].
-    """
-
-    index: np.ndarray
-    size: np.ndarray
-    key: np.ndarray
-    first: np.ndarray
-    offset: np.ndarray
-
-    def blocks(self) -> np.ndarray:
-        """Return the number of each position's block in the epoch, [n] int64."""
-        return self.first + permute(self.index, self.size, self.key)
 
 
 class EpochOrder:
@@ -152,11 +157,17 @@ class EpochOrder:
         self.group_size = np.diff(self.group_start)
         self.group_key = hash64(key, 1, np.arange(len(self.group_size)))
 
+        # As `samples_of` looks them up: of each group its first block, size and key; of each shard the sample id from
+        # which its blocks count, as if all before them were full.
+        self.group = np.stack([self.group_start[:-1], self.group_size, self.group_key.view(np.int64)])
+        self.group_stop, self.block_stop = self.group_start[1:], self.block_start[1:]
+        self.shard_base = self.shard_start - self.block_start[:-1] * block
+
         # Pretend that every block is full: then slot j covers the virtual positions [j * block, (j + 1) * block), and a
         # position becomes virtual by adding what the short blocks that ended before it lack.
         tail = self.shard_size % block
         short = np.flatnonzero(tail)
-        slot = self._slot_of(self.block_start[short + 1] - 1)
+        slot = self._slot_of(self.block_start[short + 1] - 1) if len(short) else short
         rank = np.argsort(slot)
         slot, tail = slot[rank], tail[short][rank]
         self.lack = _starts(block - tail)
@@ -165,21 +176,13 @@ class EpochOrder:
 
     def samples(self, position: np.ndarray) -> np.ndarray:
         """Return the sample ids at `position: [n] int64` of the epoch; [n] int64."""
-        slots = self.slots(position)
-        return self.samples_of(slots.blocks(), slots.offset)
+        return samples_of([self], [position])
 
-    def slots(self, position: np.ndarray) -> Slots:
-        """Return where `position: [n] int64` lie; many orders' slots may then be permuted in one pass."""
-        virtual = position + self.lack[np.searchsorted(self.short_end, position, side="right")]
-        slot, offset = np.divmod(virtual, self.block)
-        group = np.searchsorted(self.group_start, slot, side="right") - 1
-        first = self.group_start[group]
-        return Slots(slot - first, self.group_size[group], self.group_key[group], first, offset)
-
-    def samples_of(self, block: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """Return the sample ids at an offset of a block of the epoch; [n] int64 each."""
-        shard = np.searchsorted(self.block_start, block, side="right") - 1
-        return self.shard_start[shard] + (block - self.block_start[shard]) * self.block + offset
+    def virtual(self, position: np.ndarray) -> np.ndarray:
+        """Return positions as they were if every block were full; [n] int64."""
+        if not len(self.short_end):
+            return position
+        return position + self.lack[self.short_end.searchsorted(position, side="right")]
 
     def positions(self, sample: np.ndarray) -> np.ndarray:
         """Invert `samples`: the positions in the epoch of `sample: [n] int64` ids; [n] int64."""
@@ -193,6 +196,33 @@ class EpochOrder:
         group = np.searchsorted(self.group_start, block, side="right") - 1
         first = self.group_start[group]
         return first + unpermute(block - first, self.group_size[group], self.group_key[group])
+
+
+def samples_of(orders: Sequence[EpochOrder], positions: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sample ids at `positions: [n] int64` of each of some orders of one block size, one after the other.
+
+    All are permuted in one pass, and what can be is computed for all: the time is in the number of calls.
+    """
+    block = orders[0].block
+    stops = list(itertools.accumulate(map(len, positions)))
+    runs = [slice(stop - len(position), stop) for position, stop in zip(positions, stops, strict=True)]
+    slot, offset = _joined([order.virtual(position) for order, position in zip(orders, positions, strict=True)]), 0
+    if block > 1:
+        slot, offset = np.divmod(slot, block)
+    first, size, key = _joined([
+        order.group.take(order.group_stop.searchsorted(slot[run], side="right"), axis=1)
+        for order, run in zip(orders, runs, strict=True)
+    ])  # fmt: skip
+    blocks = first + permute(slot - first, size, key)
+    start = _joined([
+        order.shard_base.take(order.block_stop.searchsorted(blocks[run], side="right"))
+        for order, run in zip(orders, runs, strict=True)
+    ])  # fmt: skip
+    return start + blocks * block + offset
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ Nothing here knows the world size or the micro-batch: those are settings of exec
 """
 
 import difflib
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 from dsvlm.schedule.controller import Controlled, Controller
 from dsvlm.schedule.keys import hash64, key64
 from dsvlm.schedule.mixture import Drawn, Phase, Taken
-from dsvlm.schedule.permutation import EpochOrder, Slots, permute
+from dsvlm.schedule.permutation import EpochOrder, permute, samples_of
 
 SCHEDULE_VERSION = 1  # of the order that a schedule stands for: any change to the order must raise it
 STRATEGIES = ("accumulate", "mixed", "unified", "per_rank")
@@ -135,15 +134,22 @@ class Block(NamedTuple):
 class Window:
     """The samples of one optimizer update, in order: block after block, then permuted by `order_key` if not None.
 
-    `table: [blocks, 3] int64`, the fields of each `Block`: a window may hold half a million of them.
+    `table: [blocks, 3] int64`, the fields of each `Block`: a window may hold half a million of them, which are `chunk`
+    samples each then; 0 where they may differ.
     """
 
     step: int
     table: np.ndarray
     order_key: int | None = None
+    chunk: int = 0
 
     def __len__(self) -> int:
-        return int(self._edges[-1])
+        return len(self.table) * self.chunk if self.chunk else int(self._edges[-1])
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Runs of blocks of one size: (blocks, samples of each), in order."""
+        return [(len(self.table), self.chunk)] if self.chunk else [(1, count) for count in self.counts.tolist()]
 
     @property
     def counts(self) -> np.ndarray:
@@ -164,8 +170,12 @@ class Window:
         place = np.asarray(places, np.int64)
         if self.order_key is not None:
             place = permute(place, len(self), self.order_key)
-        block = np.searchsorted(self._edges, place, side="right") - 1
-        return self.table[block, 0].astype(np.int32), self.table[block, 1] + place - self._edges[block]
+        if self.chunk:
+            block, place = np.divmod(place, self.chunk)
+        else:
+            block = self._edges.searchsorted(place, side="right") - 1
+            place = place - self._edges[block]
+        return self.table[block, 0].astype(np.int32), self.table[block, 1] + place
 
     @property
     def task(self) -> np.ndarray:
@@ -179,7 +189,9 @@ class Window:
 
     @cached_property
     def _edges(self) -> np.ndarray:
-        return np.append(0, np.cumsum(self.counts))
+        edges = np.zeros(len(self.table) + 1, np.int64)
+        np.cumsum(self.counts, out=edges[1:])
+        return edges
 
 
 class Plan:
@@ -203,7 +215,7 @@ class Plan:
         assert step >= 0
         schedule = self.schedule
         key = key64("mixed", schedule.seed, step) if schedule.strategy == "mixed" else None
-        return Window(step, self._blocks.table(step), key)
+        return Window(step, self._blocks.table(step), key, self._blocks.chunk)
 
     def cursors(self, step: int) -> np.ndarray:
         """Return how many samples of each task come before a step, [tasks] int64: the ordinals that it begins with."""
@@ -217,18 +229,15 @@ class Plan:
         """Return (epoch: [n] int64, sample id: [n] int64) of samples of any tasks; `tasks: [n]`, `ordinals: [n]`."""
         if not len(tasks):
             return np.empty(0, np.int64), np.empty(0, np.int64)
+        tasks = np.asarray(tasks)
         epoch, position = np.divmod(np.asarray(ordinals, np.int64), self._epoch_sizes[tasks])
         by_order = np.lexsort((epoch, tasks))
-        task, number, position = np.asarray(tasks)[by_order], epoch[by_order], position[by_order]
-        starts = np.flatnonzero((np.diff(task, prepend=-1) != 0) | (np.diff(number, prepend=-1) != 0)).tolist()
-        runs = [slice(start, stop) for start, stop in itertools.pairwise((*starts, len(task)))]
-        orders = [self._order(int(task[run.start]), int(number[run.start])) for run in runs]
-        # All tasks are permuted in one pass: its time is in the number of calls.
-        slots = [order.slots(position[run]) for order, run in zip(orders, runs, strict=True)]
-        slots = Slots(*map(np.concatenate, zip(*slots, strict=True)))
-        blocks, sample = slots.blocks(), np.empty_like(epoch)
-        for order, run in zip(orders, runs, strict=True):
-            sample[by_order[run]] = order.samples_of(blocks[run], slots.offset[run])
+        task, number, position = tasks[by_order], epoch[by_order], position[by_order]
+        changes = (np.flatnonzero((task[1:] != task[:-1]) | (number[1:] != number[:-1])) + 1).tolist()
+        starts, stops = [0, *changes], [*changes, len(task)]
+        orders = [self._order(*pair) for pair in zip(task[starts].tolist(), number[starts].tolist(), strict=True)]
+        sample = np.empty_like(epoch)
+        sample[by_order] = samples_of(orders, [position[a:b] for a, b in zip(starts, stops, strict=True)])
         return epoch, sample
 
     def next_use(self, tasks: np.ndarray, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:

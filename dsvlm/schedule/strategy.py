@@ -3,10 +3,10 @@
 Nothing here changes what a run is: the samples of a window, and their order, are the plan's.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -27,40 +27,62 @@ class Unit(NamedTuple):
     width: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+class Run(NamedTuple):
+    """Consecutive blocks of `count` samples, each cut into `pieces`; start: the first sample, unit: the first unit."""
+
+    start: int
+    unit: int
+    blocks: int
+    count: int
+    pieces: int
+
+    def piece(self, index: int) -> tuple[int, int]:
+        """Return the (start, stop) of a piece, counted from the run's first."""
+        block, number = divmod(index, self.pieces)
+        size, larger = divmod(self.count, self.pieces)
+        start = self.start + block * self.count + number * size + min(number, larger)
+        return start, start + size + (number < larger)
+
+    def filled(self, pieces: int) -> int:
+        """Return how many of the run's first pieces hold samples."""
+        blocks, rest = divmod(pieces, self.pieces)
+        return blocks * min(self.count, self.pieces) + min(rest, self.count)
+
+    def largest(self, low: int, high: int) -> int:
+        """Return the samples of the largest of the pieces low..high-1."""
+        size, larger = divmod(self.count, self.pieces)
+        first = low if low % self.pieces < larger else low + -low % self.pieces  # of the larger ones
+        return size + (larger > 0 and first < high)
+
+
 class Cut:
     """Blocks of samples, each cut into consecutive near-equal pieces (sizes differ by at most 1, larger ones first).
 
-    `starts, counts, pieces: [blocks] int64`. A block with fewer samples than pieces ends in empty pieces.
+    sizes: (blocks, samples of each, pieces of each), run after run. A block with fewer samples than pieces ends in
+    empty pieces. Nothing here is O(blocks): a window may hold half a million of a few kinds.
     """
 
-    starts: np.ndarray
-    counts: np.ndarray
-    pieces: np.ndarray
-
-    @cached_property
-    def edges(self) -> np.ndarray:
-        """First unit of every block, then the number of units; [blocks + 1] int64."""
-        return np.append(0, np.cumsum(self.pieces))
-
-    def blocks(self, first: int, last: int) -> slice:
-        """Return the blocks that units first..last belong to, without those past the end."""
-        last = min(last, int(self.edges[-1]) - 1)
-        return slice(*(np.searchsorted(self.edges, [first, last], side="right") + [-1, 0]).tolist())
-
-    def piece(self, block: int, number: int) -> tuple[int, int]:
-        """Return the (start, stop) of one piece of a block."""
-        size, larger = divmod(int(self.counts[block]), int(self.pieces[block]))
-        start = int(self.starts[block]) + number * size + min(number, larger)
-        return start, start + size + (number < larger)
+    def __init__(self, sizes: Iterable[tuple[int, int, int]]):
+        self.runs, self.samples, self.units = [], 0, 0
+        for blocks, count, pieces in sizes:
+            self.runs.append(Run(self.samples, self.units, blocks, count, pieces))
+            self.samples += blocks * count
+            self.units += blocks * pieces
+        self._edges = [run.unit for run in self.runs]
 
     def unit(self, index: int) -> tuple[int, int]:
         """Return the (start, stop) of one unit; empty past the last one."""
-        if index >= self.edges[-1]:
-            stop = int(self.starts[-1] + self.counts[-1])
-            return stop, stop
-        block = int(np.searchsorted(self.edges, index, side="right")) - 1
-        return self.piece(block, index - int(self.edges[block]))
+        if index >= self.units:
+            return self.samples, self.samples
+        run = self.runs[bisect_right(self._edges, index) - 1]
+        return run.piece(index - run.unit)
+
+    def parts(self, first: int, stop: int) -> list[tuple[Run, int, int]]:
+        """Return the runs that units first..stop-1 belong to, and of each the first piece and the last piece + 1."""
+        stop = min(stop, self.units)
+        low, high = bisect_right(self._edges, first) - 1, bisect_left(self._edges, stop)
+        runs = self.runs[low:high]
+        return [(run, max(0, first - run.unit), min(run.blocks * run.pieces, stop - run.unit)) for run in runs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +120,7 @@ class Round:
     @property
     def largest(self) -> int:
         """Samples of the largest unit."""
-        blocks, low, _ = self._runs()
-        size, larger = np.divmod(self.cut.counts[blocks], self.cut.pieces[blocks])
-        return int((size + (low < larger)).max())
+        return max(run.largest(low, high) for run, low, high in self._parts())
 
     @property
     def work(self) -> tuple[int, int]:
@@ -110,14 +130,10 @@ class Round:
     @property
     def units(self) -> int:
         """Units that hold samples; the remaining `world_size - units` are fillers, on the last ranks."""
-        blocks, low, high = self._runs()
-        return int(np.maximum(0, np.minimum(high, self.cut.counts[blocks]) - low).sum())
+        return sum(run.filled(high) - run.filled(low) for run, low, high in self._parts())
 
-    def _runs(self) -> tuple[slice, np.ndarray, np.ndarray]:
-        """Return the blocks of the round, and of each the first piece and the last piece + 1."""
-        blocks = self.cut.blocks(self.first, self.first + self.world_size - 1)
-        edges, pieces = self.cut.edges[blocks], self.cut.pieces[blocks]
-        return blocks, np.maximum(0, self.first - edges), np.minimum(pieces, self.first + self.world_size - edges)
+    def _parts(self) -> list[tuple[Run, int, int]]:
+        return self.cut.parts(self.first, self.first + self.world_size)
 
 
 def deal(window: Window, schedule: Schedule, world_size: int, micro_batch: int) -> tuple[Round, ...]:
@@ -132,17 +148,13 @@ def deal(window: Window, schedule: Schedule, world_size: int, micro_batch: int) 
     for field, value in (("world_size", world_size), ("micro_batch", micro_batch)):
         if value < 1:
             raise ValueError(f"{field} is {value}: use at least 1")
-    if schedule.strategy == "mixed":
-        counts = np.array([len(window)])
-    else:
-        counts = window.counts
-    starts = np.cumsum(counts) - counts
     if schedule.mixes:
-        cut = Cut(starts, counts, _packed_pieces(counts, world_size, micro_batch))
-        return tuple(Round(cut, first, world_size, None) for first in range(0, int(cut.edges[-1]), world_size))
-    rounds = -(-counts // (micro_batch * world_size))
-    cut = Cut(starts, counts, rounds * world_size)
-    tasks = np.repeat(window.table[:, 0], rounds).tolist()
+        sizes = [(1, len(window))] if schedule.strategy == "mixed" else window.sizes
+        cut = Cut(_packed_sizes(sizes, world_size, micro_batch))
+        return tuple(Round(cut, first, world_size, None) for first in range(0, cut.units, world_size))
+    rounds = [(task, count, -(-count // (micro_batch * world_size))) for task, _, count in window.table.tolist()]
+    cut = Cut((1, count, each * world_size) for _, count, each in rounds)
+    tasks = [task for task, _, each in rounds for _ in range(each)]
     return tuple(Round(cut, index * world_size, world_size, task) for index, task in enumerate(tasks))
 
 
@@ -155,21 +167,27 @@ def idle_share(rounds: Sequence) -> Fraction:
     return 1 - Fraction(done, could)
 
 
-def _packed_pieces(counts: np.ndarray, world_size: int, micro_batch: int) -> np.ndarray:
-    """Return the pieces per block: the least that micro_batch allows, then more until the last round is full."""
-    sizes, times = np.unique(counts, return_counts=True)  # chunks are many, and all alike
-    fewest = int((-(-sizes // micro_batch) * times).sum())
-    wanted = min(-(-fewest // world_size) * world_size, int(counts.sum()))
+def _packed_sizes(sizes: list[tuple[int, int]], world_size: int, micro_batch: int) -> Iterator[tuple[int, int, int]]:
+    """Give blocks their pieces: the least that micro_batch allows, then more until the last round is full."""
+
+    def units(size: int) -> int:
+        return sum(blocks * -(-count // size) for blocks, count in sizes)
+
+    wanted = min(-(-units(micro_batch) // world_size) * world_size, sum(blocks * count for blocks, count in sizes))
     low, high = 1, micro_batch  # the least size of the largest unit that needs no more than the wanted units
     while low < high:
         size = (low + high) // 2
-        if (-(-sizes // size) * times).sum() <= wanted:
+        if units(size) <= wanted:
             high = size
         else:
             low = size + 1
-    pieces = -(-counts // low)
-    if low == 1:
-        return pieces
-    # Some blocks still have units of that size; cut those further, the first blocks first, until no rank is idle.
-    more = -(-counts // (low - 1)) - pieces
-    return pieces + np.clip(wanted - int(pieces.sum()) - (np.cumsum(more) - more), 0, more)
+    left = wanted - units(low)
+    for blocks, count in sizes:
+        pieces = -(-count // low)
+        # Some blocks still have units of that size; cut those further, the first blocks first, until no rank is idle.
+        more = -(-count // (low - 1)) - pieces if low > 1 else 0
+        whole, part = divmod(min(left, blocks * more), more) if more else (0, 0)
+        left -= whole * more + part
+        for times, extra in ((whole, more), (part > 0, part), (blocks - whole - (part > 0), 0)):
+            if times:
+                yield int(times), count, pieces + extra
