@@ -16,7 +16,7 @@ from dsvlm.data.workers import Workers
 
 __all__ = ["Draft", "LoadedWindow", "Loader", "LoaderConfig", "Source"]
 WINDOWS_AHEAD = 2  # whose texts are read while an earlier one trains
-FETCHES, TEXTS, IMAGES = 1024, 32, 16  # items of a job, at most
+FETCHES, TEXTS, IMAGES = 1024, 32, 32  # items of a job, at most
 
 
 class Loader:
@@ -134,7 +134,7 @@ class Loader:
         found: dict[tuple[int, int], Text] = {}
         for job in share.texts:
             found |= zip(job.items, self.pool.wait(job), strict=True)
-        for pair, text in found.items():
+        for pair, text in found.items() if self.cache.limit else ():
             self.cache.put(("text", *pair), text, 64 + 16 * len(text.row.tokens if text.row else ()))
         drafts, counts = [], np.zeros(len(self.sources), np.int64)
         for task, epoch, sample, ordinal in share.numbers:

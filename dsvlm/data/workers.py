@@ -152,7 +152,7 @@ class Workers:
         for key, _ in self.selector.select(seconds):
             index, partial = key.data
             try:
-                data = key.fileobj.recv(2**20)
+                data = key.fileobj.recv(2**16)  # for more, Python asks the system for new pages each time
             except ConnectionResetError:
                 data = b""
             if not data:
@@ -172,14 +172,18 @@ class Workers:
         while self.unsent:
             number = self.unsent[0]
             job = self.jobs[number]
-            known = [(place, self.deadly.get((job.kind, *item))) for place, item in enumerate(job.items)]
-            skip = {place: reason for place, reason in known if reason}
+            skip = self.skip(job) if self.deadly else {}
             try:
                 self.queue.send(pickle.dumps((number, job.kind, job.items, job.step, job.starts, skip, job.after)))
             except OSError as error:
                 assert error.errno != errno.EMSGSIZE, "jobs are small messages"
                 return  # full, so they have enough to do; or nobody is left, which `receive` will see
             self.unsent.popleft()
+
+    def skip(self, job: Job) -> dict[int, str]:
+        """Places of the job's items that are not touched any more, with the reason."""
+        known = [(place, self.deadly.get((job.kind, *item))) for place, item in enumerate(job.items)]
+        return {place: reason for place, reason in known if reason}
 
     def replace_dead(self, index: int) -> None:
         code = self.processes[index].wait()
