@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,8 +50,7 @@ class Batch:
         return Batch(**held | moved)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One sample on its way into a batch.
 
     image: uint8 [3, P, P], or None for a sample without image; weight: of each of its targets.

@@ -1,7 +1,7 @@
 """A sample as ids with next-token targets: the loss flags of the segments become labels here, and nowhere else."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dsvlm.data.reader import BadSample
 from dsvlm.data.sample import Image, Sample
@@ -10,8 +10,7 @@ from dsvlm.data.tokenizer import TextCodec
 IGNORE = -100  # target of a position without loss
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """One sample's text as a row.
 
     tokens: ids the model reads (decoder: bos, prompt, target, eos; encoder-decoder: prompt, eos).
@@ -28,7 +27,7 @@ class Encoded:
     @property
     def count(self) -> int:
         """Targets that enter the loss; a label counts as one."""
-        return sum(t != IGNORE for t in self.targets) + (self.label is not None)
+        return len(self.targets) - self.targets.count(IGNORE) + (self.label is not None)
 
 
 def encode_sample(sample: Sample, codec: TextCodec, max_length: int, encoder_decoder: bool) -> Encoded:
@@ -74,7 +73,7 @@ def encode_record(
         if isinstance(error, BadSample):
             raise
         raise BadSample(f"its record does not fit the task: {error!r}") from error
-    return text if images else replace(text, images=0)
+    return text if images else text._replace(images=0)
 
 
 def masked_sample(codec: TextCodec, encoder_decoder: bool) -> Encoded:

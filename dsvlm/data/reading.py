@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +47,7 @@ class LoaderConfig:
     dct_scaling: bool = False
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A sample's text as read; `row` is None, and `reason` says why, when it must not teach. `count`: its targets."""
 
     row: Encoded | None

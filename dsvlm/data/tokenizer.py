@@ -39,7 +39,8 @@ class Encoder:
         if ids is None:
             self.backend.encode_special_tokens = True
             ids = self.backend.encode(text, add_special_tokens=False).ids
-            ids = [i for i in ids if i not in self.control]
+            if not self.control.isdisjoint(ids):
+                ids = [i for i in ids if i not in self.control]
             if len(self.known) < KNOWN and len(text) <= 100:
                 self.known[text] = ids
         return ids
