@@ -34,7 +34,8 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     shards: paths or URLs, all tars or all parquet files. fields: `KEY=PLACE`, see `choose_fields`. image: extension or
     column of the image; default: the only one there is. workers: processes that read shards; progress: callable(
     iterable, desc=str, total=int) -> iterable. The result is the same for any number of them.
-    Returns {"samples", "shards", "bytes", "members", "fields", "image", "hash"}. ValueError names what is wrong with
+    Returns {"samples", "shards", "bytes", "members", "gathered", "fields", "image", "hash"}; gathered: samples of tars
+    with others between their members. ValueError names what is wrong with
     the fields, when nothing stays in OUT, or with every damaged shard: then OUT/.partial keeps what was made of the
     others, and the next call reads only those that are not there or have changed since.
     """
@@ -66,6 +67,7 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     finally:
         _remove_empty(part, out)
     return {"samples": sum(row["samples"] for row in found), "shards": len(found), "members": sorted(members),
+            "gathered": sum(row["gathered"] for row in found),
             "bytes": sum(row["bytes"] for row in found), "hash": hashlib.sha256(header).hexdigest()} | mapping
 
 

@@ -62,7 +62,9 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="extension or column of the image, where samples have several")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read shards (default: 1)")
     parser.description = ("Indexes shards of other tools; the files are left as they are. Without --out each tar gets "
-                          "an index beside it. With --out the directory becomes a shard set: give it to a task.")
+                          "an index beside it. With --out the directory becomes a shard set: give it to a task. "
+                          "Members of one key are one sample, wherever in their tar they lie; a member that comes "
+                          "twice is an error.")
     parser.epilog = ("examples:\n  %(prog)s laion/*.tar --type caption --out laion/set\n"
                      "  %(prog)s vqa-*.parquet --type vqa --image image --field question=query --out vqa-set\n"
                      "  %(prog)s https://host/a-0.tar https://host/a-1.tar --type caption --out a-set")
@@ -119,6 +121,7 @@ def _index(args: argparse.Namespace) -> int:
     if not _print_json(args, report):
         for entry in report:
             print(f"{entry['index']}: {entry['samples']} samples, members {', '.join(entry['members'])}")
+        _print_gathered(sum(entry["gathered"] for entry in report))
     return 0
 
 
@@ -133,7 +136,14 @@ def _index_set(args: argparse.Namespace, bar) -> int:
               f"members {', '.join(report['members'])}")
         for key, place in report["fields"].items():
             print(f"{key:14} {place}")
+        _print_gathered(report["gathered"])
     return 0
+
+
+def _print_gathered(samples: int) -> None:
+    if samples:
+        print(f"{samples} samples were gathered by key: others lie between their members. Here they are whole; what "
+              "reads these tars in order, as webdataset does, has parts of them")
 
 
 def _verify(args: argparse.Namespace) -> int:

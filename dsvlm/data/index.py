@@ -53,19 +53,19 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def index_row(key: str, members: dict[str, tuple[int, bytes]], image: str | None = None) -> Row:
-    """The row of one sample from `members`: extension -> (offset, payload); image: see `make_row`."""
+    """The row of one sample from `members`: extension -> (offset, payload); image: as of `scan_tar`."""
     found = {ext: (offset, len(data), crc32(data)) for ext, (offset, data) in members.items()}
     first = image or next((ext for ext in sorted(members) if is_image(ext)), None)
-    return make_row(key, found, members[first][1] if first in members else None)
+    return make_row(key, found, image_size(members[first][1]) if first in members else (0, 0))
 
 
-def make_row(key: str, members: dict[str, tuple[int, int, int]], image: bytes | None) -> Row:
+def make_row(key: str, members: dict[str, tuple[int, int, int]], size: tuple[int, int]) -> Row:
     """The row of one sample from `members`: extension -> (offset, size, crc32).
 
-    image: the bytes (or the first of them) of the one that trains; None = none.
+    size: (width, height) of the image that trains; (0, 0) = none.
     """
     found = dict(sorted(members.items()))
-    width, height = (0, 0) if image is None else image_size(image)
+    width, height = size
     crc = crc32(struct.pack(f"<{len(found)}I", *(member[2] for member in found.values())))
     return Row(key, min(width, 0xFFFF), min(height, 0xFFFF), crc, found)
 
@@ -90,7 +90,7 @@ def index_tar(path) -> pa.Table:
     """Scan an uncompressed tar (ours or any WebDataset tar) into an index table.
 
     ValueError when the tar is truncated or damaged, holds no sample, a member is sparse or its name leaves the
-    archive, a sample has two members of one extension, or the members of a sample are not adjacent.
+    archive, or a sample has two members of one extension.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,45 +100,49 @@ def index_tar(path) -> pa.Table:
 
 
 def scan_tar(name: str, stream: Stream, image: str | None = None) -> pa.Table:
-    """As `index_tar`, of a stream that messages call `name`; image: extension of the image, default the first."""
-    rows: list[Row] = []
-    seen: set[str] = set()
-    key, members, head = None, {}, None
+    """As `index_tar`, of a stream that messages call `name`; image: extension of the image, default the first.
+
+    Members of one key are one sample wherever they lie; samples come in the order of their first members.
+    """
+    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
+    sizes: dict[str, tuple[str, tuple[int, int]]] = {}               # extension of the image, (width, height)
+    key = None
     try:
         for member in walk(stream):
             match = MEMBER_NAME.fullmatch(member.name)
             if not member.regular or match is None:
                 continue
-            found, ext = match[1], match[2].lower()
-            if found.startswith("__") and found.endswith("__"):       # WebDataset keeps such names for itself
+            if match[1].startswith("__") and match[1].endswith("__"):  # WebDataset keeps such names for itself
                 continue
             _check_member(name, member)
-            if found != key:
-                if key is not None:
-                    rows.append(make_row(key, members, _first_image(members, image, head)))
-                if found in seen:
-                    raise ValueError(f"{name}: the members of sample {found!r} are not adjacent: "
-                                     f"write the tar again with sorted names")
-                seen.add(found)
-                key, members, head = found, {}, {}
+            key, ext = match[1], match[2].lower()
+            members = samples.setdefault(key, {})
             if ext in members:
-                raise ValueError(f"{name}: sample {key!r} has two members {ext!r}: give each its own extension")
+                raise ValueError(f"{name}: sample {key!r} has two members {ext!r}: give each sample a key of its own, "
+                                 f"and each of its members an extension")
             crc, start = _payload(stream, member)
             members[ext] = (member.offset, member.size, crc)
-            if is_image(ext) or ext == image:
-                head[ext] = start
+            if ext == image or (image is None and is_image(ext) and ext <= sizes.get(key, (ext,))[0]):
+                sizes[key] = ext, image_size(start)
     except DamagedTar as error:
         raise ValueError(_damaged(name, error, key)) from error
-    if key is None:
+    if not samples:
         raise ValueError(f"{name} holds no sample (no member named KEY.EXTENSION)")
-    rows.append(make_row(key, members, _first_image(members, image, head)))
-    return index_table(rows)
+    return index_table([make_row(key, members, sizes.get(key, ("", (0, 0)))[1]) for key, members in samples.items()])
+
+
+def gathered(table: pa.Table) -> int:
+    """Samples of an index with another sample between their members: what reads a tar in order has parts of them."""
+    offsets = [table.column(name).to_numpy() for name in table.column_names if name.endswith(".offset")]
+    member, row = np.nonzero(offsets)
+    in_order = row[np.argsort(np.stack(offsets)[member, row])]
+    return int((np.bincount(in_order[np.flatnonzero(np.diff(in_order, prepend=-1))]) > 1).sum())
 
 
 def write_index(path) -> dict:
     """Write the index of another tool's tar next to it (`x.tar` -> `x.arrow`); the tar is left as it is.
 
-    Returns {"shard", "index", "samples", "members"}. ValueError when there already is another file of that name.
+    Returns {"shard", "index", "samples", "members", "gathered"}. ValueError when another file has that name already.
     """
     path = Path(path)
     target, table = path.with_suffix(".arrow"), index_tar(path)
@@ -149,7 +153,8 @@ def write_index(path) -> dict:
     partial.write_bytes(data)
     partial.replace(target)
     members = [name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset")]
-    return {"shard": str(path), "index": str(target), "samples": table.num_rows, "members": members}
+    return {"shard": str(path), "index": str(target), "samples": table.num_rows, "members": members,
+            "gathered": gathered(table)}
 
 
 class ShardIndex:
@@ -215,11 +220,6 @@ def _payload(stream: Stream, member: Member) -> tuple[int, bytes]:
         crc = crc32(piece, crc)
         start = piece if start is None else start
     return crc, start or b""
-
-
-def _first_image(members: dict, image: str | None, heads: dict[str, bytes]) -> bytes | None:
-    first = image or next((ext for ext in sorted(members) if is_image(ext)), None)
-    return heads.get(first)
 
 
 def _damaged(name: str, error: DamagedTar, key: str | None) -> str:

@@ -250,20 +250,17 @@ class _Shard:
         return data
 
     def extents(self, rows: np.ndarray, after: np.ndarray) -> list[tuple[int, int, int]]:
-        """(start, stop, next use) of what training reads of each row; after: step at which each is used next."""
+        """(start, stop, next use) of each member that training reads; after: step at which each row is used next."""
         if self.parquet is not None:
             return self.parquet.extents(rows, after)
         places = [] if self.mapping is None else list(self.mapping["fields"].values())
         wanted = {*self.index.images, *(place.partition(":")[0] for place in places or ["json"])}
-        starts, stops = np.full(len(rows), 2**62), np.zeros(len(rows), np.int64)
-        for extension in wanted & set(self.index.extensions):
-            offset = self.index.column(f"{extension}.offset")[rows].astype(np.int64)
-            stop = offset + self.index.column(f"{extension}.size")[rows]
-            starts = np.where(offset > 0, np.minimum(starts, offset), starts)
-            stops = np.where(offset > 0, np.maximum(stops, stop), stops)
-        stops = np.minimum(stops, self.file.size)
-        found = zip(starts.tolist(), stops.tolist(), after.tolist(), strict=True)
-        return [(start, stop, again) for start, stop, again in found if start < stop]
+        found = []
+        for extension in wanted & set(self.index.extensions):  # one by one: they may lie far apart
+            start = self.index.column(f"{extension}.offset")[rows].astype(np.int64)
+            stop = np.minimum(start + self.index.column(f"{extension}.size")[rows], self.file.size)
+            found += zip(start.tolist(), stop.tolist(), after.tolist(), strict=True)
+        return [(start, stop, again) for start, stop, again in found if 0 < start < stop]
 
     def _elsewhere(self, row: int, extension: str, offset: int, size: int) -> bytes:
         if self.parquet is None:

@@ -13,11 +13,11 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from dsvlm.data.index import scan_tar
+from dsvlm.data.index import gathered, scan_tar
 from dsvlm.data.manifest import arrow_bytes, is_parquet, is_url
 from dsvlm.data.stream import LocalFile, Stream
 
-VERSION = 1                       # of what a scan gives: raise it when an index is made otherwise
+VERSION = 2                       # of what a scan gives: raise it when an index is made otherwise
 CHANGES = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "generation")
 
 
@@ -37,7 +37,7 @@ class Scan:
     mapping: dict | None = None
 
     def __call__(self, shard: str) -> dict:
-        """{"file", "samples", "bytes", "sha256", "index_sha256", "members"}; ValueError when it is damaged."""
+        """{"file", "samples", "bytes", "sha256", "index_sha256", "members", "gathered"}; ValueError if damaged."""
         mark = state(shard)
         place = shard if is_url(shard) else os.path.abspath(shard)
         key = json.dumps([VERSION, place, mark or uuid.uuid4().hex, self.image, self.mapping], sort_keys=True)
@@ -58,15 +58,16 @@ class Scan:
         if is_parquet(shard):
             from dsvlm.data.parquet import index_parquet
 
-            table, members = index_parquet(shard, file, self.mapping), []
+            table, members, apart = index_parquet(shard, file, self.mapping), [], 0
         else:
             table = scan_tar(shard, stream, self.image)
             members = [name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset")]
+            apart = gathered(table)
         sha256, data = stream.sha256(), arrow_bytes(table)
         if state(shard) != mark:
             raise ValueError(f"{shard} was changed while it was read: wait until it is complete")
         found = {"file": f"{stem}.arrow", "samples": table.num_rows, "bytes": stream.size, "sha256": sha256,
-                 "index_sha256": hashlib.sha256(data).hexdigest(), "members": members}
+                 "index_sha256": hashlib.sha256(data).hexdigest(), "members": members, "gathered": apart}
         self._write(found["file"], data)
         self._write(f"{stem}.json", json.dumps(found).encode())
         return found

@@ -6,12 +6,13 @@ import json
 import os
 import tarfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dsvlm.data.adopt import index_set
 from dsvlm.data.commands import add_data_parser
-from dsvlm.data.index import has_images
+from dsvlm.data.index import gathered, has_images, index_tar
 from dsvlm.data.manifest import arrow_bytes, check_files, load_manifest, manifest_bytes
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.verify import describe, verify
@@ -75,6 +76,69 @@ def test_tars_of_captions_train_where_they_lie(tmp_path, capsys):
     remote = load_manifest(f"file://{moved}/set", str(tmp_path / "cache"))
     assert remote.shard(1) == f"file://{moved}/more/00000.tar" and remote.hash == manifest.hash
     assert ShardReader(remote, str(tmp_path / "cache")).record(4) == {"caption": "caption 4"}
+
+
+def test_members_of_one_key_may_lie_anywhere_in_a_tar(tmp_path, capsys):
+    """First all images, then all texts, as `tar` packs names sorted by extension: webdataset sees halves of samples."""
+    import webdataset
+
+    whole = captions(0, 40, [("json", b"{}")])
+    tar(tmp_path / "beside.tar", whole)
+    apart = dict(sorted(whole.items(), key=lambda item: item[0].rpartition(".")[2]))
+    apart |= {"train/alone.txt": b"alone"}
+    assert run("index", tar(tmp_path / "apart.tar", apart), "--type", "caption", "--out", tmp_path / "set") == 0
+    assert "40 samples were gathered by key" in capsys.readouterr().out
+    reader = ShardReader(load_manifest(tmp_path / "set"))
+    for i in range(40):
+        assert reader.key(i) == f"train/{i:05d}" and reader.record(i) == {"caption": f"caption {i}"}
+        assert reader.image(i) == png(i) and reader.read(i, "json") == b"{}"
+    assert reader.record(40) == {"caption": "alone"} and reader.image(40) is None
+    assert verify(tmp_path / "set", decode=True)["problems"] == verify(tmp_path / "set", decode=True)["damaged"] == []
+    remote = ShardReader(load_manifest(f"file://{tmp_path}/set", str(tmp_path / "cache")), str(tmp_path / "cache"))
+    remote.fetch(np.arange(41), 0)
+    assert [remote.record(i) for i in range(41)] == [reader.record(i) for i in range(41)]
+    assert [remote.image(i) for i in range(41)] == [reader.image(i) for i in range(41)]
+    halves = list(webdataset.WebDataset(str(tmp_path / "apart.tar"), shardshuffle=False))
+    assert len(halves) == 3 * 40 + 1
+    # Beside the tar too, and with a report; members side by side are nothing to report, in whatever order.
+    assert run("index", tmp_path / "apart.tar", tmp_path / "beside.tar", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [entry["gathered"] for entry in report] == [40, 0] and [entry["samples"] for entry in report] == [41, 40]
+    tables = [index_tar(tmp_path / name).to_pydict() for name in ("apart.tar", "beside.tar")]
+    for column in ("key", "width", "height", "crc", "png.size", "txt.crc"):
+        assert tables[0][column][:40] == tables[1][column]
+    assert run("index", tmp_path / "beside.tar") == 0
+    assert "gathered" not in capsys.readouterr().out
+
+
+def test_how_many_samples_were_gathered(tmp_path):
+    """Those with another sample between two of their members."""
+    for names, count in (("a.x a.y b.x b.y", 0), ("a.x b.x a.y", 1), ("a.x b.x a.y b.y", 2), ("a.x b.x c.x a.y a.z", 1),
+                         ("a.x b.x a.y c.x b.y", 2), ("a.x", 0)):
+        table = index_tar(tar(tmp_path / "x.tar", dict.fromkeys(names.split(), b"1")))
+        assert gathered(table) == count, names
+        assert table["key"].to_pylist() == list(dict.fromkeys(name[0] for name in names.split()))
+
+
+def test_a_key_of_two_samples_is_refused(tmp_path):
+    """Two tars with the same keys in one: nobody knows which image belongs to which text."""
+    path, data = tmp_path / "x.tar", [(name, b"1") for name in ("k/a.png", "k/a.txt", "k/b.txt", "k/a.png", "k/a.txt")]
+    with tarfile.open(path, "w") as file:
+        for name, payload in data:
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            file.addfile(info, io.BytesIO(payload))
+    with pytest.raises(ValueError, match="x.tar: sample 'k/a' has two members 'png': give each sample a key"):
+        index_set([path], "caption", tmp_path / "set")
+
+
+def test_what_is_fetched_of_a_gathered_sample_is_its_members(tmp_path):
+    """Not all that lies between them."""
+    members = {"a.png": png(1), "b.bin": bytes(10**6), "a.txt": b"text"}
+    index_set([tar(tmp_path / "x.tar", members)], "caption", tmp_path / "set")
+    shard = ShardReader(load_manifest(tmp_path / "set"))._shard(0)
+    extents = shard.extents(np.array([0]), np.array([7]))
+    assert sorted(stop - start for start, stop, _ in extents) == [4, len(png(1))] and {e[2] for e in extents} == {7}
 
 
 def test_the_same_tars_give_the_same_set_and_the_fields_are_its_identity(tmp_path):
@@ -212,6 +276,4 @@ def test_manifests_that_were_written_before_are_read_as_before(tmp_path):
     index_set([path], "caption", tmp_path)
     manifest = load_manifest(tmp_path)
     assert manifest.index(0) == tmp_path / "x.arrow" and manifest.names == ("x.tar",)
-    from dsvlm.data.index import index_tar
-
     assert arrow_bytes(index_tar(path)) == manifest.index(0).read_bytes()

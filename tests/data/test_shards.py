@@ -137,8 +137,8 @@ def test_tars_that_are_refused(tmp_path):
         return tmp_path / name
 
     for path, message in [
-            (tar("apart.tar", "a.json", "b.json", "a.png"), "'a' are not adjacent"),
-            (tar("twice.tar", "a.json", "a.json"), "two members 'json'"),
+            (tar("twice.tar", "a.json", "a.json"), "twice.tar: sample 'a' has two members 'json'"),
+            (tar("apart.tar", "x/a.json", "b.json", "x/a.json"), "apart.tar: sample 'x/a' has two members 'json'"),
             (tar("empty.tar", "README"), "no sample"),
             (tar("zip.tar", "a.json", mode="w:gz"), "not an uncompressed tar"),
             (tmp_path / "absent.tar", "no file")]:
