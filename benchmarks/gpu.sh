@@ -37,7 +37,7 @@ begin=$SECONDS failed=0 names=() ends=()
 
 build() { # with CUDA code where nvcc is, for this device; else what lies there has to hold it
     local capability
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+    capability=$(timeout 20 nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
     case $capability in
         9.0) export DSVLM_CUDA_ARCH=${DSVLM_CUDA_ARCH:-90a} ;;
         *.*) export DSVLM_CUDA_ARCH=${DSVLM_CUDA_ARCH:-${capability/./}} ;;
