@@ -25,6 +25,8 @@ class CachedFile:
         size = max(0, min(size, self.size - offset))
         if self.cache is None or not size:
             return self.file.read(offset, size)
+        if (data := self.cache.at_hand(self.shard, offset, size)) is not None:
+            return data
         for _ in range(2):                # evicted between the two calls, in the worst case
             with self.file.stores.asking():           # if only by another process that we wait for
                 data = self.cache.read(self.shard, offset, size)

@@ -68,7 +68,7 @@ class RangeCache:
         self.directory = self.given / "ranges"
         self._known: dict[tuple[str, str], list[tuple[int, int]]] = {}
         self._lock = threading.Lock()
-        self._open = lru_cache(OPEN_RANGES)(LocalFile)
+        self._open = lru_cache(OPEN_RANGES)(lambda *place: LocalFile(self._path(*place)))
         self._last = ("", 0, 0, None)             # the range read last, for the next sample is mostly in it too
 
     def __reduce__(self):
@@ -76,10 +76,33 @@ class RangeCache:
 
     def read(self, shard: str, offset: int, size: int) -> bytes | None:
         """Bytes of a cached range that covers them, waiting for one that is being fetched; None when there is none."""
-        data = self._read_known(shard, offset, size)
+        data = self.at_hand(shard, offset, size)
         if data is None and self._look(shard, offset, size):
-            data = self._read_known(shard, offset, size)
+            data = self.at_hand(shard, offset, size)
         return data
+
+    def at_hand(self, shard: str, offset: int, size: int) -> bytes | None:
+        """Bytes of a range that this process knows to be here; None when there is none: nobody is waited for."""
+        known, start, stop, file = self._last     # once: threads
+        if known == shard and start <= offset and offset + size <= stop:
+            try:
+                data = file.read(offset - start, size)
+            except OSError:
+                data = b""
+            if len(data) == size:
+                return data
+        while covering := self._covering(shard, offset, offset + size):
+            try:
+                file = self._open(shard, *covering)
+                data = file.read(offset - covering[0], size)
+            except OSError:
+                data = b""
+            if len(data) == size:
+                self._last = (shard, *covering, file)
+                return data
+            self._path(shard, *covering).unlink(missing_ok=True)       # cut short, or gone already
+            self._unlearn(shard, covering)
+        return None
 
     def put(self, shard: str, start: int, stop: int, load: Callable[[int, int], bytes], step: int,
             after: int = NEVER) -> bytes | None:
@@ -133,28 +156,6 @@ class RangeCache:
             self._unlearn(shard, covering)
         self._open.cache_clear()
         self._last = ("", 0, 0, None)
-
-    def _read_known(self, shard: str, offset: int, size: int) -> bytes | None:
-        known, start, stop, file = self._last     # once: threads
-        if known == shard and start <= offset and offset + size <= stop:
-            try:
-                data = file.read(offset - start, size)
-            except OSError:
-                data = b""
-            if len(data) == size:
-                return data
-        while covering := self._covering(shard, offset, offset + size):
-            try:
-                file = self._open(self._path(shard, *covering))
-                data = file.read(offset - covering[0], size)
-            except OSError:
-                data = b""
-            if len(data) == size:
-                self._last = (shard, *covering, file)
-                return data
-            self._path(shard, *covering).unlink(missing_ok=True)       # cut short, or gone already
-            self._unlearn(shard, covering)
-        return None
 
     def _write(self, path: Path, part: "Part", data: bytes) -> bytes:
         try:
