@@ -240,7 +240,7 @@ def test_tokens_whose_logits_are_no_numbers_are_counted_where_they_are(tools, pa
         return logits.flatten(0, 1)
 
     handle = last.router.register_forward_hook(spoil)
-    with pytest.warns(UserWarning, match=rf"router of {last.name}.text .* lower optim.lr") as told:
+    with pytest.warns(UserWarning, match=rf"router of {last.name}.text .* smaller optim.clip") as told:
         warnings.simplefilter("default")
         for _ in range(3):
             found = bad_in(model, batch)
