@@ -6,6 +6,7 @@ contestant (threads, caches, shared memory) is there when the next one runs.
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -157,14 +158,32 @@ def flat_out(args) -> dict:
 
 
 def decode_some(args, rank: int, barrier, queue) -> None:
-    """Decodes encoded images that lie in memory."""
+    """Decodes images that lie in memory, each once, into as many blocks of batches as the loader's workers have.
+
+    They are samples that a worker reads: drawn from the whole set, and like there in no cache of the processor.
+    """
+    import numpy as np
+
+    from dsvlm.data.blocks import Blocks
     from dsvlm.data.manifest import load_manifest
     from dsvlm.data.reader import ShardReader
     from dsvlm.data.transforms import make_decoder
+    from dsvlm.data.workers import AHEAD
 
-    decode, reader = make_decoder("pillow", PIXELS), ShardReader(load_manifest(args.root / args.tasks))
-    numbers = range(rank, min(len(reader), 512 * args.workers), args.workers)
-    measure(args, [reader.image(number) for number in numbers], decode, barrier, queue)
+    decode, blocks = make_decoder("pillow", PIXELS), Blocks()
+    reader = ShardReader(load_manifest(args.root / args.tasks))
+    numbers = np.random.default_rng(rank).permutation(len(reader))[: args.batch + timed_each(args)].tolist()
+    batches = [blocks.take(args.batch * 3 * PIXELS**2)[1] for _ in range(1 + AHEAD // args.batch)]
+    for memory in batches:
+        memory[:] = 0  # its pages are there from now on
+    places = [pixels for memory in batches for pixels in memory.reshape(-1, PIXELS, PIXELS, 3).transpose(0, 3, 1, 2)]
+
+    def write(item: tuple) -> None:
+        data, pixels = item
+        pixels[...] = decode(data, pixels)
+
+    images = [reader.image(number) for number in numbers]
+    measure(args, list(zip(images, itertools.cycle(places), strict=False)), write, barrier, queue)
 
 
 def read_some(args, rank: int, barrier, queue) -> None:
@@ -186,14 +205,21 @@ def read_some(args, rank: int, barrier, queue) -> None:
     measure(args, order, read, barrier, queue)
 
 
+def timed_each(args) -> int:
+    """Images that each process is timed over."""
+    return args.timed * args.batch // args.workers
+
+
 def measure(args, items: list, work: Callable, barrier, queue) -> None:
     """Puts (items per second, CPU seconds per 1000) of this process into the queue."""
-    count = args.timed * args.batch // args.workers
+    count = timed_each(args)
     for item in items[: args.batch]:
         work(item)
+    gc.collect()
+    gc.freeze()
     barrier.wait()
     start, cpu = time.perf_counter(), time.process_time()
-    for index in range(count):
+    for index in range(args.batch, args.batch + count):
         work(items[index % len(items)])
     queue.put((count / (time.perf_counter() - start), 1000 * (time.process_time() - cpu) / count))
 

@@ -29,8 +29,10 @@ def make_tokenizer(root: Path) -> None:
 def measure_limit(root: Path, repeats: int, warm: int, timed: int) -> list[Row]:
     """Row b: images per second of the loader with 0, 1 and 2 workers, and the cores' decode limit.
 
-    The limits have the allocator's settings that the loader gives its workers. 336 px images are ready for the model;
-    1024 x 768 ones are reduced at every read, as those of data sets that nobody converted.
+    The limit decodes the loader's samples, from memory and into as many blocks as the loader's workers have: nothing is
+    read, tokenised or handed over. The limits have the allocator's settings that the loader gives its workers. 336 px
+    images are ready for the model; 1024 x 768 ones are reduced at every read, as those of data sets that nobody
+    converted.
     """
     make_tokenizer(root)
     small, large = "2 processes that only decode from memory (limit)", "the same, 1024 x 768 reduced to 336 (limit)"
