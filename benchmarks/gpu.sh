@@ -149,6 +149,7 @@ while read -r name limit command; do
     chosen+=("$name $limit $command")
     [ "${name%&}" != "$name" ] || later=$((later + limit))
 done < <(stages)
+[ ${#chosen[@]} -gt 0 ] || { echo "gpu.sh: --only $only names no stage" >&2; exit 2; }
 
 for stage in "${chosen[@]}"; do
     read -r name limit command <<<"$stage"

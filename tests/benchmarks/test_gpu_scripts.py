@@ -147,6 +147,8 @@ def test_without_a_sanitizer_one_line_says_so(tmp_path, monkeypatch):
 def test_unknown_options_are_refused(tmp_path):
     done = gpu_sh("", tmp_path, "--nonsense")
     assert done.returncode == 2 and "usage" in done.stderr and not list(tmp_path.iterdir())
+    done = gpu_sh("one 9 echo 1", tmp_path, "--only", "two")
+    assert done.returncode == 2 and "--only two names no stage" in done.stderr
 
 
 def test_gpu_tests_are_known_and_left_out(pytestconfig):
