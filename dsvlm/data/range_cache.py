@@ -160,6 +160,8 @@ class RangeCache:
     def _write(self, path: Path, part: "Part", data: bytes) -> bytes:
         try:
             os.ftruncate(part.handle, 0)
+            with suppress(OSError):               # room for all at once: the file system need not find it page by page
+                os.posix_fallocate(part.handle, 0, len(data))
             with open(part.handle, "wb", closefd=False) as file:
                 file.write(data)
             _set_uses(f"{path}{PART}", part.step, part.after)
