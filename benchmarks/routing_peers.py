@@ -56,14 +56,14 @@ class Peer:
 
 def balance(probs_sum: Tensor, load: Tensor, case: Case) -> Tensor:
     """Load-balancing loss of Switch Transformers: E * sum of (mean probability * share of tokens)."""
-    return case.experts * (probs_sum * load).sum() / (case.tokens * case.tokens)
+    return torch.dot(probs_sum, load.to(probs_sum.dtype)) * (case.experts / case.tokens**2)
 
 
 def gate_ours(case: Case, logits: Tensor) -> tuple[Tensor, Tensor, Any]:
     if not has_kernel(logits.device.type):
         raise Unavailable(f"the library is not built, or has no code for {logits.device.type}")
     found = moe_route(logits, k=case.k, capacity=case.capacity, backend="kernel")
-    return found.weight, balance(found.prob_sum[0], found.load[:, 0], case), found
+    return found.weight, balance(found.prob_sum.flatten(), found.load.flatten(), case), found
 
 
 def move_ours(case: Case, x: Tensor, weight: Tensor, plan: Any) -> Tensor:

@@ -71,13 +71,15 @@ moe::Router make_router(const char* op, const Tensor& logits, const MaybeTensor&
           static_cast<const bool*>(data(valid)), tokens, experts, k, modalities, element, renormalize, load_sigma};
 }
 
+// body(chunk, block, scratch) for each block of tokens; chunks of them are dealt to threads.
 template <class Body>
-void for_each_block(const moe::Router& r, Body body) {
-  const int64_t blocks = (r.tokens + moe::kBlock - 1) / moe::kBlock;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+void for_each_chunk(const moe::Router& r, int64_t chunk_tokens, Body body) {
+  const int64_t blocks = (r.tokens + moe::kBlock - 1) / moe::kBlock, each = chunk_tokens / moe::kBlock;
+  torch::stable::parallel_for(0, (blocks + each - 1) / each, 1, [&](int64_t begin, int64_t end) {
     constexpr std::align_val_t alignment{moe::kVectorBytes};
     void* const scratch = ::operator new(moe::scratch_bytes(r), alignment);
-    for (int64_t block = begin; block < end; ++block) body(block, scratch);
+    for (int64_t block = begin * each; block < std::min(blocks, end * each); ++block)
+      body(block / each, block, scratch);
     ::operator delete(scratch, alignment);
   });
 }
@@ -134,17 +136,22 @@ Routed moe_route(const Tensor& logits, const MaybeTensor& noise, const MaybeTens
                                                 : moe::Policy::probs;
   const moe::GateForward gate{r,         by, weight.mutable_data_ptr(), static_cast<int32_t*>(index.mutable_data_ptr()),
                               key.get(), lse.mutable_data_ptr(), partial.get(), bad.data()};
-  for_each_block(r, [&](int64_t block, void* scratch) { DSVLM_CALL_SIMD(moe_gate_forward, gate, block, scratch); });
+  const auto ints = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
+  moe::Selection selection{ints(index), key.get(), static_cast<const uint8_t*>(data(pool)), is_wide, policy != "probs",
+                           slot_order == "priority", n, r.experts, k, max_rows, align, std::move(capacity), ints(slot),
+                           ints(src), ints(offs), ints(load), ints(kept)};
+  moe::divide(selection, moe::kBlock);
+  for_each_chunk(r, selection.chunk_tokens, [&](int64_t chunk, int64_t block, void* scratch) {
+    DSVLM_CALL_SIMD(moe_gate_forward, gate, block, scratch);
+    moe::count(selection, chunk, block * moe::kBlock, std::min(n, (block + 1) * moe::kBlock));
+  });
   is_wide ? reduce<double>(r, partial.get(), blocks, {prob_sum, loadp_sum, ent_sum, z2_sum})
           : reduce<float>(r, partial.get(), blocks, {prob_sum, loadp_sum, ent_sum, z2_sum});
   int32_t& bad_count = *static_cast<int32_t*>(bad_rows.mutable_data_ptr());
   bad_count = 0;
   for (int32_t count : bad) bad_count += count;
 
-  const auto ints = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
-  moe::select({ints(index), key.get(), static_cast<const uint8_t*>(data(pool)), is_wide, policy != "probs",
-               slot_order == "priority", n, r.experts, k, max_rows, align, std::move(capacity), ints(slot), ints(src),
-               ints(offs), ints(load), ints(kept)});
+  moe::select(selection);
   return {weight, index, slot, src, offs, load, kept, prob_sum, ent_sum, z2_sum, loadp_sum, lse, bad_rows};
 }
 
@@ -179,7 +186,9 @@ Tensor moe_route_backward(const MaybeTensor& grad_weight, const MaybeTensor& gra
                                or_zeros(grad_z2_sum),
                                load_sigma > 0 ? data(grad_loadp_sum) : nullptr,
                                grad_logits.mutable_data_ptr()};
-  for_each_block(r, [&](int64_t block, void* scratch) { DSVLM_CALL_SIMD(moe_gate_backward, gate, block, scratch); });
+  for_each_chunk(r, moe::kBlock, [&](int64_t, int64_t block, void* scratch) {
+    DSVLM_CALL_SIMD(moe_gate_backward, gate, block, scratch);
+  });
   return grad_logits;
 }
 

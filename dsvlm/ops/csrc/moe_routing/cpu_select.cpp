@@ -1,5 +1,6 @@
-// A counting sort deals the choices to buckets (expert, pool, k) in order of tokens; of a full (expert, pool) the choices
-// behind the capacity are found by a partial selection on their keys. Everything is independent of the number of threads.
+// A counting sort deals the choices to buckets (expert, pool, k) in order of tokens. Where all who ask are kept, that is
+// the order of the rows; of a full (expert, pool) the choices behind the capacity are found by a partial selection on
+// their keys. Everything is independent of the number of threads.
 #include "moe_routing/select.h"
 
 #include <algorithm>
@@ -13,18 +14,27 @@ namespace {
 template <class Key>
 class Selector {
  public:
-  explicit Selector(const Selection& call)
-      : call(call), pools(call.capacity.size()), segments(call.experts * pools), classes(call.by_choice ? call.k : 1),
-        buckets(segments * classes) {}
+  explicit Selector(Selection& call)
+      : call(call), key(static_cast<const Key*>(call.key)), pools(call.capacity.size()),
+        segments(call.experts * pools), classes(call.buckets / segments) {}
+
+  void count(int64_t chunk, int64_t begin, int64_t end) {
+    int32_t* const counts = call.asked.data() + chunk * call.buckets;
+    const auto body = [&](int64_t, int64_t segment, int64_t of_class) { ++counts[segment * classes + of_class]; };
+    for_each_choice(begin, end, body, [](int64_t) {});
+  }
 
   void run() {
-    deal();
     place();
-    std::fill(call.src, call.src + call.max_rows, -1);
-    const int64_t grain = std::max<int64_t>(1, 2048 * segments / std::max<int64_t>(1, call.tokens * call.k));
-    torch::stable::parallel_for(0, segments, grain, [&](int64_t begin, int64_t end) {
+    plan();
+    torch::stable::parallel_for(0, call.chunks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) deal(chunk);
+    });
+    if (full.empty()) return;
+    const int64_t crowd = static_cast<int64_t>(full.size()), grain = 1 + 4096 * crowd / (1 + list.size());
+    torch::stable::parallel_for(0, crowd, grain, [&](int64_t begin, int64_t end) {
       Work work;
-      for (int64_t s = begin; s < end; ++s) call.by_priority ? rank(s, work) : compact(s, work);
+      for (int64_t i = begin; i < end; ++i) call.by_priority ? rank(full[i], work) : compact(full[i], work);
     });
   }
 
@@ -42,72 +52,94 @@ class Selector {
     std::vector<int32_t> chosen, merged;
   };
 
-  int64_t bucket_of(int64_t choice, int64_t token) const {
-    const int64_t segment = call.index[choice] * pools + (call.pool ? call.pool[token] : 0);
-    return segment * classes + (classes > 1 ? choice - token * call.k : 0);
-  }
-
-  // list and keys: the choices that ask, bucket after bucket, in order of tokens; first[b]: where bucket b begins.
-  void deal() {
-    const Key* const key = static_cast<const Key*>(call.key);
-    int64_t chunks = std::clamp<int64_t>(call.tokens / 2048, 1, 64);
-    chunks = std::max<int64_t>(1, std::min(chunks, (int64_t{1} << 22) / buckets));
-    const int64_t size = (call.tokens + chunks - 1) / chunks;
-    std::vector<int32_t> place(chunks * buckets);
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        int32_t* const count = place.data() + chunk * buckets;
-        for (int64_t t = chunk * size; t < std::min(call.tokens, (chunk + 1) * size); ++t)
-          for (int64_t c = t * call.k; c < (t + 1) * call.k; ++c)
-            if (key[c] != kAsksNothing<Key>) ++count[bucket_of(c, t)];
-      }
-    });
-    first.resize(buckets + 1);
-    int32_t next = 0;
-    for (int64_t b = 0; b < buckets; ++b) {
-      first[b] = next;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int32_t count = place[chunk * buckets + b];
-        place[chunk * buckets + b] = next;
-        next += count;
+  // body(choice, segment, class) for each choice that asks, and refuse(choice) for the others.
+  template <class Body, class Refuse>
+  void for_each_choice(int64_t begin, int64_t end, Body body, Refuse refuse) const {
+    if (pools == 1 && call.k == 1) {
+      for (int64_t t = begin; t < end; ++t) key[t] != kAsksNothing<Key> ? body(t, call.index[t], 0) : refuse(t);
+      return;
+    }
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t pool = call.pool ? call.pool[t] : 0;
+      for (int64_t k = 0; k < call.k; ++k) {
+        const int64_t choice = t * call.k + k;
+        if (key[choice] != kAsksNothing<Key>)
+          body(choice, call.index[choice] * pools + pool, classes > 1 ? k : 0);
+        else
+          refuse(choice);
       }
     }
-    first[buckets] = next;
-    list.resize(next);
-    keys.resize(next);
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        int32_t* const to = place.data() + chunk * buckets;
-        for (int64_t t = chunk * size; t < std::min(call.tokens, (chunk + 1) * size); ++t)
-          for (int64_t c = t * call.k; c < (t + 1) * call.k; ++c) {
-            if (key[c] == kAsksNothing<Key>) {
-              call.slot[c] = -1;
-              continue;
-            }
-            const int32_t at = to[bucket_of(c, t)]++;
-            list[at] = static_cast<int32_t>(c);
-            keys[at] = key[c];
-          }
-      }
-    });
   }
 
+  // Rows of every segment, (expert, pool); rows that nobody gets are empty.
   void place() {
     start.resize(segments);
+    std::vector<int32_t> asked(segments);
+    for (int64_t chunk = 0; chunk < call.chunks(); ++chunk)
+      for (int64_t b = 0; b < call.buckets; ++b) asked[b / classes] += call.asked[chunk * call.buckets + b];
     int64_t row = 0;
+    const auto leave_empty_to = [&](int64_t end) {
+      STD_TORCH_CHECK(end <= call.max_rows, "moe_route: max_rows is ", call.max_rows, ", but ", end,
+                      " rows are needed");
+      std::fill(call.src + row, call.src + end, -1);
+      row = end;
+    };
     for (int64_t e = 0; e < call.experts; ++e) {
       for (int64_t p = 0; p < pools; ++p) {
-        const int64_t s = e * pools + p, asked = first[(s + 1) * classes] - first[s * classes];
-        const int64_t kept = call.capacity[p] < 0 ? asked : std::min(asked, call.capacity[p]);
+        const int64_t s = e * pools + p;
+        const int64_t kept = call.capacity[p] < 0 ? asked[s] : std::min<int64_t>(asked[s], call.capacity[p]);
         start[s] = row;
-        call.load[s] = static_cast<int32_t>(asked);
+        call.load[s] = asked[s];
         call.kept[s] = static_cast<int32_t>(kept);
         row += kept;
+        if (asked[s] > 0 && (call.by_priority || kept < asked[s])) full.push_back(s);
       }
-      row = (row + call.align - 1) / call.align * call.align;
+      leave_empty_to((row + call.align - 1) / call.align * call.align);
       call.offs[e] = static_cast<int32_t>(row);
     }
-    STD_TORCH_CHECK(row <= call.max_rows, "moe_route: max_rows is ", call.max_rows, ", but ", row, " rows are needed");
+    leave_empty_to(call.max_rows);
+  }
+
+  // Makes of each count where its choices go: their rows, or of a full segment their places in `list` and `keys`, where
+  // bucket b begins at first[b].
+  void plan() {
+    is_full.assign(segments, false);
+    for (int64_t s : full) is_full[s] = true;
+    first.resize(call.buckets + 1);
+    int32_t listed = 0;
+    for (int64_t s = 0; s < segments; ++s) {
+      int32_t row = static_cast<int32_t>(start[s]);
+      for (int64_t b = s * classes; is_full[s] && b < (s + 1) * classes; ++b) {
+        first[b] = listed;
+        for (int64_t chunk = 0; chunk < call.chunks(); ++chunk) {
+          const int32_t count = call.asked[chunk * call.buckets + b];
+          call.asked[chunk * call.buckets + b] = listed;
+          listed += count;
+        }
+        first[b + 1] = listed;
+      }
+      for (int64_t chunk = 0; !is_full[s] && chunk < call.chunks(); ++chunk) {
+        int32_t* const counts = call.asked.data() + chunk * call.buckets + s * classes;
+        const int32_t begin = row;
+        for (int64_t c = 0; c < classes; ++c) row += counts[c];
+        counts[0] = begin;  // one place for all classes: rows are in order of tokens
+      }
+    }
+    list.resize(listed);
+    keys.resize(listed);
+  }
+
+  void deal(int64_t chunk) {
+    int32_t* const places = call.asked.data() + chunk * call.buckets;
+    const int64_t begin = chunk * call.chunk_tokens, end = std::min(call.tokens, begin + call.chunk_tokens);
+    const auto body = [&](int64_t choice, int64_t segment, int64_t of_class) {
+      int32_t* const place = places + segment * classes;
+      if (!is_full[segment]) return give(place[0]++, static_cast<int32_t>(choice));
+      const int32_t at = place[of_class]++;
+      list[at] = static_cast<int32_t>(choice);
+      keys[at] = key[choice];
+    };
+    for_each_choice(begin, end, body, [&](int64_t choice) { call.slot[choice] = -1; });
   }
 
   void give(int64_t row, int32_t choice) {
@@ -136,7 +168,7 @@ class Selector {
   // Appends the `take` choices of smallest (key, token) in order of tokens; the others get no row.
   void thin(int64_t from, int64_t n, int64_t take, Work& work) {
     const int32_t* const choices = list.data() + from;
-    const Key* const key = keys.data() + from;
+    const Key* const key = keys.data() + from;  // of these alone
     if (take == n) {
       work.chosen.insert(work.chosen.end(), choices, choices + n);
       return;
@@ -173,17 +205,32 @@ class Selector {
     }
   }
 
-  const Selection& call;
-  const int64_t pools, segments, classes, buckets;
+  Selection& call;
+  const Key* const key;
+  const int64_t pools, segments, classes;
+  std::vector<int64_t> start, full;
+  std::vector<char> is_full;
   std::vector<int32_t> first, list;
   std::vector<Key> keys;
-  std::vector<int64_t> start;
 };
+
+// A table of counts may have this many entries.
+constexpr int64_t kCounts = 1 << 20;
 
 }  // namespace
 
-void select(const Selection& call) {
-  call.wide_key ? Selector<uint64_t>(call).run() : Selector<uint32_t>(call).run();
+void divide(Selection& call, int64_t block) {
+  call.buckets = call.experts * static_cast<int64_t>(call.capacity.size()) * (call.by_choice ? call.k : 1);
+  const int64_t blocks = (call.tokens + block - 1) / block;
+  const int64_t chunks = std::clamp<int64_t>(kCounts / std::max<int64_t>(1, call.buckets), 1, std::max<int64_t>(1, blocks));
+  call.chunk_tokens = std::max<int64_t>(1, (blocks + chunks - 1) / chunks) * block;
+  call.asked.assign(call.chunks() * call.buckets, 0);
 }
+
+void count(Selection& call, int64_t chunk, int64_t begin, int64_t end) {
+  call.wide_key ? Selector<uint64_t>(call).count(chunk, begin, end) : Selector<uint32_t>(call).count(chunk, begin, end);
+}
+
+void select(Selection& call) { call.wide_key ? Selector<uint64_t>(call).run() : Selector<uint32_t>(call).run(); }
 
 }  // namespace dsvlm::moe

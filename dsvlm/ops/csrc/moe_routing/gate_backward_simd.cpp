@@ -37,7 +37,6 @@ class Backward {
  private:
   void tile(const Tile<Real>& t) {
     t.read(static_cast<const T*>(r.logits), r.tokens, r.experts, clean);
-    V inner{};
     if (r.noise) {
       t.read(static_cast<const Real*>(r.noise), r.tokens, r.experts, noisy);
       for (int64_t e = 0; e < r.experts; ++e) noisy[e] += clean[e];
@@ -48,21 +47,15 @@ class Backward {
       choice(t, r.k - 1, last);
       eta = Tile<Real>::gather(r.noise ? noisy : clean, last);
     }
-    V lse{};
-    if (t.count == lanes)
-      lse = load(static_cast<const Real*>(call.lse) + t.first);
-    else
-      for (int lane = 0; lane < t.count; ++lane) lse[lane] = static_cast<const Real*>(call.lse)[t.first + lane];
-    for (int64_t e = 0; e < r.experts; ++e) probs[e] = exp_of(at_least_smallest<Real>(clean[e] - lse));
-    if (call.grad_weight) inner = through_weights(t);
+    const V lse = t.column(static_cast<const Real*>(call.lse), 1, 0);
     if (t.uniform) {
       const Real* g = static_cast<const Real*>(call.grad_prob) + t.kind_of_first * r.experts;
       const auto of_prob = [g](int64_t e) { return all<V>(g[e]); };
-      call.grad_ent ? sums<true>(t, lse, inner, of_prob) : sums<false>(t, lse, inner, of_prob);
+      call.grad_ent ? sums<true>(t, lse, of_prob) : sums<false>(t, lse, of_prob);
     } else {
       spread(t, call.grad_prob);
       const auto of_prob = [this](int64_t e) { return table[e]; };
-      call.grad_ent ? sums<true>(t, lse, inner, of_prob) : sums<false>(t, lse, inner, of_prob);
+      call.grad_ent ? sums<true>(t, lse, of_prob) : sums<false>(t, lse, of_prob);
     }
     if (call.grad_weight) {
       for (int64_t k = 0; k < r.k; ++k) {
@@ -92,10 +85,7 @@ class Backward {
       int64_t at[lanes];
       choice(t, k, at);
       score[k] = Tile<Real>::gather(s, at);
-      upstream[k] = V{};
-      for (int lane = 0; lane < t.count; ++lane)
-        upstream[k][lane] = static_cast<const Real*>(call.grad_weight)[(t.first + lane) * r.k + k];
-      upstream[k] = t.live ? upstream[k] : V{};
+      upstream[k] = t.live ? t.column(static_cast<const Real*>(call.grad_weight), r.k, k) : V{};
       sum += score[k];
       product += score[k] * upstream[k];
     }
@@ -111,16 +101,19 @@ class Backward {
 
   // probs becomes the gradient, but for what goes to the choices alone.
   template <bool of_entropy, class Gradient>
-  void sums(const Tile<Real>& t, V lse, V inner, Gradient of_prob) {
+  void sums(const Tile<Real>& t, V lse, Gradient of_prob) {
     V of_ent{}, of_z2{}, dot{}, entropy{};
     t.for_each_kind([&](int64_t m, I mask) {
       if (of_entropy) of_ent = mask ? all<V>(static_cast<const Real*>(call.grad_ent)[m]) : of_ent;
       of_z2 = mask ? all<V>(static_cast<const Real*>(call.grad_z2)[m]) : of_z2;
     });
     for (int64_t e = 0; e < r.experts; ++e) {
+      const V shifted = at_least_smallest<Real>(clean[e] - lse);
+      probs[e] = exp_of(shifted);
       dot += probs[e] * of_prob(e);
-      if (of_entropy) entropy -= probs[e] * at_least_smallest<Real>(clean[e] - lse);
+      if (of_entropy) entropy -= probs[e] * shifted;
     }
+    const V inner = call.grad_weight ? through_weights(t) : V{};
     const V shared = Real(2) * of_z2 * lse - dot - of_ent * entropy - (r.noise ? V{} : inner);
     for (int64_t e = 0; e < r.experts; ++e) {
       V factor = of_prob(e) + shared;

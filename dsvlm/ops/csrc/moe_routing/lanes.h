@@ -4,6 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #include <type_traits>
 #include <utility>
 
@@ -116,9 +119,26 @@ inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
   b = __builtin_shufflevector(a, b, ((lane & step) ? n + lane : lane + step)...);
   a = low;
 }
+// Both stages within quarters of 4 floats, by interleaving: these shuffles are the fastest.
+template <int... lane>
+inline void interleave(VF* rows, std::integer_sequence<int, lane...>) {
+  constexpr int n = sizeof...(lane);
+  const auto quarter = [](int i) { return i / 4 * 4; };
+  const VF ab = __builtin_shufflevector(rows[0], rows[1], (quarter(lane) + lane % 4 / 2 + lane % 2 * n)...);
+  const VF ba = __builtin_shufflevector(rows[0], rows[1], (quarter(lane) + lane % 4 / 2 + lane % 2 * n + 2)...);
+  const VF cd = __builtin_shufflevector(rows[2], rows[3], (quarter(lane) + lane % 4 / 2 + lane % 2 * n)...);
+  const VF dc = __builtin_shufflevector(rows[2], rows[3], (quarter(lane) + lane % 4 / 2 + lane % 2 * n + 2)...);
+  rows[0] = __builtin_shufflevector(ab, cd, (quarter(lane) + lane % 2 + lane % 4 / 2 * n)...);
+  rows[1] = __builtin_shufflevector(ab, cd, (quarter(lane) + lane % 2 + lane % 4 / 2 * n + 2)...);
+  rows[2] = __builtin_shufflevector(ba, dc, (quarter(lane) + lane % 2 + lane % 4 / 2 * n)...);
+  rows[3] = __builtin_shufflevector(ba, dc, (quarter(lane) + lane % 2 + lane % 4 / 2 * n + 2)...);
+}
 template <int step, int n, class V>
 inline void transpose(V* rows) {
-  if constexpr (step > 0) {
+  if constexpr (step == 2 && std::is_same_v<V, VF>) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i += 4) interleave(rows + i, std::make_integer_sequence<int, n>{});
+  } else if constexpr (step > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i)
       if (!(i & step)) exchange<step>(rows[i], rows[i + step], std::make_integer_sequence<int, n>{});
@@ -132,13 +152,16 @@ inline VF exp_of(VF x) {
   const VF shifted = x * 1.44269504088896341f + 12582912.0f;
   const VF n = shifted - 12582912.0f;
   const IF exponent = (bits_as<IF>(shifted) - 0x4b400000 + 127) << 23;
+#if defined(__FMA__)
+  const VF r = x - n * 0.693147181f;
+#else
   const VF r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return (p * (r * r) + r + 1.0f) * bits_as<VF>(exponent);
+#endif
+  VF p = r * 8.29023e-3f + 4.189839e-2f;
+  p = p * r + 1.666764e-1f;
+  p = p * r + 4.9999146e-1f;
+  p = p * r + 9.9999971e-1f;
+  return (p * r + 1.0f) * bits_as<VF>(exponent);
 }
 inline VF log_of(VF x) {
   const IF b = bits_as<IF>(x);
@@ -174,7 +197,11 @@ inline VD log_of(VD x) {
 // Keeps NaN: exp_of gives it back.
 template <class Real, class V>
 inline V at_least_smallest(V x) {
-  return x < Vectors<Real>::smallest ? all<V>(Vectors<Real>::smallest) : x;
+  const V least = all<V>(Vectors<Real>::smallest);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) return (V)_mm512_maskz_max_ps(0xffff, (__m512)least, (__m512)x);
+#endif
+  return x < least ? least : x;
 }
 
 // The normal distribution function. fp32: erfc by a Chebyshev fit, relative error 1.2e-7 (Press et al., Numerical

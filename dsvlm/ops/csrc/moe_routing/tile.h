@@ -111,11 +111,19 @@ struct Tile {
     }
   }
 
+  // Lane by lane matrix[token, k]; 0 behind the last token.
+  V column(const Real* matrix, int64_t width, int64_t k) const {
+    if (width == 1 && count == lanes) return load(matrix + first);
+    Real part[lanes] = {};
+    for (int lane = 0; lane < count; ++lane) part[lane] = matrix[(first + lane) * width + k];
+    return load(part);
+  }
+
   // Lane by lane the element of its own column.
   static V gather(const V* columns, const int64_t (&column)[lanes]) {
-    V result{};
-    for (int lane = 0; lane < lanes; ++lane) result[lane] = reinterpret_cast<const Real*>(columns + column[lane])[lane];
-    return result;
+    Real part[lanes];
+    for (int lane = 0; lane < lanes; ++lane) part[lane] = reinterpret_cast<const Real*>(columns + column[lane])[lane];
+    return load(part);
   }
 };
 
