@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dsvlm.ops.library import built_for
+from dsvlm.ops.library import built_for, constant
 
 OPS = ("moe_route", "moe_permute", "moe_combine")
 DTYPES = {
@@ -27,7 +27,7 @@ def kernel_refuses(x: Tensor) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_kernel(device: str) -> bool:
     """Whether the library is there, and was built with the ops for this type of device."""
     return built_for(device, OPS) and with_fakes()
