@@ -86,8 +86,9 @@ def loss_and_gradient(recipe, step: int = 0) -> tuple[list[float], dict[str, np.
     with engine_of(tiny) as engine:
         sums: dict[str, torch.Tensor] = {}
         for name, parameter in trainable(engine):
+            share = share_of(parameter)
 
-            def add(grad, name=name, share=share_of(parameter)):
+            def add(grad, name=name, share=share):
                 sums[name] = sums.get(name, 0.0) + (grad.detach().clone() if share is None else spread(grad, share))
 
             parameter.register_hook(add)

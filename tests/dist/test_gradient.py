@@ -5,7 +5,9 @@ In fp64, as autograd hands it to the engine under each stage; what the engine ma
 
 import numpy as np
 import pytest
+
 from tests.dist.recipes import STRATEGIES, tiny
+
 
 def assert_equal(found: dict, wanted: dict, tolerance: float) -> None:
     assert found.keys() == wanted.keys()
@@ -31,7 +33,9 @@ def single(pools, data_root):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("world_size, zero", [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize("world_size, zero", [
+    (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3),
+])  # fmt: skip
 def test_world_size_and_stage(pools, data_root, single, strategy, world_size, zero):
     changes = STRATEGIES[strategy]
     found = pools(world_size).run("gradient", recipe=tiny(data_root, train__zero=zero, **changes))
@@ -76,7 +80,8 @@ def test_decoders(pools, data_root, single, decoder, world_size, zero):
 
 def test_dropout_with_recomputed_layers(pools, data_root, single):
     changes = {"model__decoder__config__dropout": 0.1}
-    found = pools(2).run("gradient", recipe=tiny(data_root, train__zero=3, model__gradient_checkpointing=True, **changes))
+    recipe = tiny(data_root, train__zero=3, model__gradient_checkpointing=True, **changes)
+    found = pools(2).run("gradient", recipe=recipe)
     assert_equal(found[0], single(**changes), 1e-12)
 
 

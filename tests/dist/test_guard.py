@@ -1,10 +1,10 @@
 """Ranks that disagree, or of which one cannot go on, raise one error together, before any ZeRO collective."""
 
 import pytest
-from tests.dist.recipes import tiny
 
 from dsvlm.train.build import plan_run
 from dsvlm.train.loop import start_record
+from tests.dist.recipes import tiny
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
-"""Weights after updates with the engine's own reduced gradients: against one rank without ZeRO, and against staleness."""
+"""Weights after updates with the engine's own reduced gradients: against one rank without ZeRO, and staleness."""
 
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.dist.recipes import STRATEGIES, tiny
 
 from dsvlm.train.engine import ds_configs, read_ds_config
+from tests.dist.recipes import STRATEGIES, tiny
 
 STEPS = 3
 TWO_GROUPS = {"optim__weight_decay": 0.1}  # of the optimizer
@@ -42,7 +42,8 @@ def test_same_weights(pools, data_root, single, strategy, world_size, zero):
 
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
 def test_offloaded_optimizers_take_the_same_steps(pools, data_root, single, name):
-    recipe = tiny(data_root, train__zero=int(name[4]), train__ds_config=str(ds_configs() / f"{name}.json"), **TEXT_FIRST)
+    own = {"train__zero": int(name[4]), "train__ds_config": str(ds_configs() / f"{name}.json")}
+    recipe = tiny(data_root, **own, **TEXT_FIRST)
     assert worst(pools(2).run("weights_after", recipe=recipe, steps=STEPS)[0], single("accumulate")) < 2e-5
 
 
@@ -76,9 +77,9 @@ def test_stale_gradients_without_the_dummy_image(pools, data_root, single):
     assert worst(kept, right) < 2e-5
 
 
-@pytest.mark.parametrize(
-    "world_size, zero, dtype", [(1, 0, "fp32"), (2, 3, "fp32"), (2, 1, "fp32"), (3, 2, "fp32"), (2, 3, "bf16"), (2, 2, "bf16")]
-)
+@pytest.mark.parametrize("world_size, zero, dtype", [
+    (1, 0, "fp32"), (2, 3, "fp32"), (2, 1, "fp32"), (3, 2, "fp32"), (2, 3, "bf16"), (2, 2, "bf16"),
+])  # fmt: skip
 def test_resume_on_the_same_ranks_is_exact(pools, data_root, world_size, zero, dtype, tmp_path):
     recipe = tiny(data_root, train__zero=zero, train__dtype=dtype, **TWO_GROUPS)
     steps = {"steps": 2, "then": 2}
