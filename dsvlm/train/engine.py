@@ -41,6 +41,11 @@ def read_ds_config(recipe: Recipe) -> dict:
             f"train.ds_config: {path} sets 'round_robin_gradients', with which DeepSpeed does not tell where in its "
             "optimizer a parameter is: checkpoints would be wrong; remove it from the file"
         )
+    if not zero.get("compute_grad_norm", True):
+        raise ValueError(
+            f"train.ds_config: {path} sets 'compute_grad_norm' to false: DeepSpeed would not skip an update with "
+            "a gradient that is NaN; remove it from the file"
+        )
     for key in ("contiguous_gradients", "reduce_scatter"):
         if train.expert_parallel and not zero.get(key, True):
             raise ValueError(
@@ -68,7 +73,7 @@ def engine_config(config: dict, optim: OptimConfig, dtype: str) -> dict:
 
 
 def clip_and_tell(optimizer, clip: float) -> None:
-    """Clips before each step and leaves the norm where the engine looks for it: without ZeRO it tells none."""
+    """What the engine does with ZeRO only: clips before each step, skips those without a finite norm, tells both."""
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
     from dsvlm.model.moe_parallel import share_of
@@ -80,10 +85,23 @@ def clip_and_tell(optimizer, clip: float) -> None:
         shared = [p.grad for p in parameters if share_of(p) is not None]
         if shared:
             norm = (norm.square() + sum_over_ranks(get_total_norm(shared).square())).sqrt()
-        clip_grads_with_norm_(parameters, clip or math.inf, norm)
+        optimizer.overflow = not norm.isfinite()
+        if optimizer.overflow:
+            norm.fill_(math.inf)  # as the engine's own
+            for parameter in parameters:
+                parameter.grad = None  # AdamW passes it over: no decay, no count
+        else:
+            clip_grads_with_norm_(parameters, clip or math.inf, norm)
         optimizer._global_grad_norm = norm
 
     optimizer.register_step_pre_hook(before_step)
+
+
+def forget_gradients(engine) -> None:
+    """Drops a skipped update's gradients: ZeRO-2 adds to them where it offloads in bf16 (deepspeed 0.19.8)."""
+    kept = getattr(engine.optimizer, "averaged_gradients", {})
+    for group in kept:
+        kept[group] = None
 
 
 def sum_over_ranks(value):

@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dsvlm.schedule.digest import combine, digest, fingerprint
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, make_model, manifest_record, plan_run
 from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_checkpoint
-from dsvlm.train.engine import make_engine, read_ds_config
+from dsvlm.train.engine import forget_gradients, make_engine, read_ds_config
 from dsvlm.train.experts import share_experts
 from dsvlm.train.guard import Guard, code_version
 from dsvlm.train.launch import LAUNCHED, find_ranks, init_distributed
@@ -111,7 +112,12 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
 
         ema = Ema(engine, recipe.optim.ema)
     if checkpoint is not None:
-        create_optimizer_state(engine, loader, recipe)
+        if not create_optimizer_state(engine, loader, recipe):
+            raise ValueError(
+                f"checkpoint {checkpoint}: its weights give gradients that are no numbers: the run has diverged. Begin "
+                "another one with a lower optim.lr or a smaller optim.clip, or remove the checkpoint to go on from the "
+                "one before it"
+            )
         load_optimizer(engine, ema, checkpoint, state.step)
     metrics = guard.together(
         Metrics, recipe.run_dir, rank, state.step, recipe.schedule.steps, recipe.train.log_every
@@ -137,11 +143,15 @@ def resumed_state(checkpoint: Path, fresh: RunState) -> RunState:
     return replace(fresh, step=saved.step, bad=saved.bad, seen=saved.seen, controller=saved.controller)
 
 
-def create_optimizer_state(engine, loader: Loader, recipe: Recipe) -> None:
-    """Makes the engine allocate its optimizer state, which it does in its first step: one step at learning rate 0."""
+def create_optimizer_state(engine, loader: Loader, recipe: Recipe) -> bool:
+    """Makes the engine allocate its optimizer state, which it does in its first step: one step at learning rate 0.
+
+    Returns False, with nothing allocated, when the engine skipped the step.
+    """
     filler = LoadedWindow(0, [[]], np.zeros(len(recipe.tasks), np.int64))
     set_lr(engine.optimizer, 0.0)
     run_window(engine, loader.batches(filler, [0.0] * len(recipe.tasks)), len(recipe.tasks), seed=0, step=0)
+    return engine.was_step_applied()
 
 
 def train_steps(run: Run) -> bool:
@@ -194,10 +204,27 @@ def train_step(run: Run) -> bool:
     lr = set_lr(run.engine.optimizer, lr_factor(step, recipe.schedule.steps, recipe.optim))
     batches = clock.timed(run.loader.batches(window, weights))
     sums = run_window(run.engine, batches, len(recipe.tasks), seed=recipe.seed, step=step, groups=groups.tolist())
-    if run.ema is not None:
+    skipped = not run.engine.was_step_applied()
+    if skipped:
+        forget_gradients(run.engine)
+        warn_of_skipped()
+    elif run.ema is not None:
         run.ema.update(step)
-    report(run, window, weights, sums, {"lr": lr, "digest": plan_digest}, clock)
+    report(run, window, weights, sums, {"lr": lr, "skipped": int(skipped), "digest": plan_digest}, clock)
     return False
+
+
+def warn_of_skipped() -> None:
+    """On the first rank, in the same words whenever it happens: Python then shows them once."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        warnings.warn(
+            "an update was skipped, for the norm of its gradient is NaN or infinite ('skipped' in metrics.jsonl is 1): "
+            "weights, optimizer and averages stay as they were. If it goes on, the run has diverged: begin another one "
+            "with a lower optim.lr or a smaller optim.clip",
+            stacklevel=1,
+        )
 
 
 def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict, clock: "Clock") -> None:
@@ -218,8 +245,9 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
         "step": window.step, "loss": float((nll * weights).sum()),
         "task_loss": {n: nll[i] / targets[i] for i, n in enumerate(names) if targets[i]},
         "task_accuracy": {n: right[i] / targets[i] for i, n in enumerate(names) if targets[i]},
-        "lr": row["lr"], "grad_norm": None if norm is None else float(norm), "samples": seen, "masked": bad,
-        "tokens": int(tokens.sum()), "targets": int(targets.sum()), "useful_tokens": used.sum() / slots.sum(),
+        "lr": row["lr"], "grad_norm": None if norm is None else float(norm), "skipped": row["skipped"], "samples": seen,
+        "masked": bad, "tokens": int(tokens.sum()), "targets": int(targets.sum()),
+        "useful_tokens": used.sum() / slots.sum(),
         "task_useful_tokens": {n: used[i] / slots[i] for i, n in enumerate(names) if slots[i]},
         "tokens_per_s": tokens.sum() / seconds, "seconds": seconds, "data_wait": total[-1] / world_size,
         "digest": row["digest"], "fingerprint": f"{finger:016x}", **decide(run, window.step, nll, targets),

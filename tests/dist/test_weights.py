@@ -53,7 +53,8 @@ def test_shipped_configurations_are_readable(data_root):
 
 
 @pytest.mark.parametrize("key, value, shared", [
-    ("round_robin_gradients", True, False), ("contiguous_gradients", False, True), ("reduce_scatter", False, True),
+    ("round_robin_gradients", True, False), ("compute_grad_norm", False, False), ("contiguous_gradients", False, True),
+    ("reduce_scatter", False, True),
 ])  # fmt: skip
 def test_configurations_that_would_train_or_save_something_else(data_root, tmp_path, key, value, shared):
     path = tmp_path / "own.json"
