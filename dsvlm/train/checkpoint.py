@@ -34,7 +34,8 @@ class RunState:
     """Everything a run needs besides tensors.
 
     step: updates done; identity: hex of what makes the run this run; manifests: one hash of all of them (run.json has
-    each task's); bad, seen: samples masked and drawn so far; controller: its packed state, or empty.
+    each task's); bad, seen: samples masked and drawn so far; controller: its packed state, or empty; skipped: those of
+    the updates that changed nothing, for their gradients were no numbers.
     """
 
     step: int
@@ -45,6 +46,12 @@ class RunState:
     bad: int = 0
     seen: int = 0
     controller: str = ""
+    skipped: int = 0
+
+    @property
+    def applied(self) -> int:
+        """Updates that the optimizer has taken, by its own count."""
+        return self.step - self.skipped
 
 
 def directory_of(run_dir: Path, step: int) -> Path:
@@ -70,7 +77,9 @@ def save_checkpoint(engine, guard, ema, run_dir: Path, state: RunState, keep: in
     directory = directory_of(run_dir, state.step)
     guard.first(begin, directory, state)
     kinds: dict = {"weights": lambda name, p: gather(engine, p)}
-    kinds |= {key: lambda name, p, key=key: gather(engine, p, key) for key in STATES}
+    # Before it has taken its first update the optimizer holds no moments.
+    moment = gather if state.applied else lambda engine, p, key: torch.zeros(shape_of(p))
+    kinds |= {key: lambda name, p, key=key: moment(engine, p, key) for key in STATES}
     if ema is not None:
         kinds["ema"] = ema.gather
     written = {}
@@ -87,7 +96,10 @@ def begin(directory: Path, state: RunState) -> None:
     if directory.exists():
         shutil.rmtree(directory)  # half a checkpoint of an earlier start
     directory.mkdir(parents=True)
-    write_file(directory / "state.json", json.dumps(asdict(state), sort_keys=True, separators=(",", ":")).encode())
+    record = asdict(state)
+    if not state.skipped:
+        del record["skipped"]  # as in nearly all runs: the file must stay below 1 KB
+    write_file(directory / "state.json", json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
 
 
 def my_share(engine, whole) -> dict[str, Tensor]:
@@ -201,13 +213,13 @@ def load_weights(model, directory: Path, kind: str = "weights") -> None:
         raise ValueError(f"checkpoint {directory}: it lacks {', '.join(sorted(missing)[:3])}: it is of another model")
 
 
-def load_optimizer(engine, ema, directory: Path, step: int) -> None:
-    """Sets masters, moments and averages of an engine whose optimizer state exists already."""
+def load_optimizer(engine, ema, directory: Path, applied: int) -> None:
+    """Sets masters, moments, their count of updates and averages of an engine whose optimizer state exists already."""
     parameters = dict(trainable(engine))
     for key in (None, *STATES):
         for name, tensor in read_tensors(directory, key or "weights"):
             write_fragment(engine, parameters[name], tensor, key)
-    set_update_count(engine, step)
+    set_update_count(engine, applied)
     if ema is not None:
         for name, tensor in read_tensors(directory, "ema"):
             ema.load(name, tensor)

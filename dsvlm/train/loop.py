@@ -118,7 +118,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
                 "another one with a lower optim.lr or a smaller optim.clip, or remove the checkpoint to go on from the "
                 "one before it"
             )
-        load_optimizer(engine, ema, checkpoint, state.step)
+        load_optimizer(engine, ema, checkpoint, state.applied)
     metrics = guard.together(
         Metrics, recipe.run_dir, rank, state.step, recipe.schedule.steps, recipe.train.log_every
     )
@@ -140,7 +140,9 @@ def resumed_state(checkpoint: Path, fresh: RunState) -> RunState:
 
     saved = read_state(checkpoint)
     assert saved.identity == fresh.identity, "prepare_run lets only the same run go on"
-    return replace(fresh, step=saved.step, bad=saved.bad, seen=saved.seen, controller=saved.controller)
+    return replace(
+        fresh, step=saved.step, bad=saved.bad, seen=saved.seen, controller=saved.controller, skipped=saved.skipped
+    )
 
 
 def create_optimizer_state(engine, loader: Loader, recipe: Recipe) -> bool:
@@ -238,7 +240,10 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
     events = run.loader.take_events()
     mine = [window_fingerprint(names, live), len(window.drafts) - len(live), len(window.drafts), len(events)]
     finger, bad, seen, befell = run.guard.sum(np.array(mine, np.uint64).view(np.int64)).view(np.uint64).tolist()
-    state = run.state = replace(run.state, step=window.step + 1, bad=run.state.bad + bad, seen=run.state.seen + seen)
+    state = run.state = replace(
+        run.state, step=window.step + 1, bad=run.state.bad + bad, seen=run.state.seen + seen,
+        skipped=run.state.skipped + row["skipped"],
+    )  # fmt: skip
     seconds, world_size = clock.seconds(), run.engine.world_size
     norm = run.engine.get_global_grad_norm()
     run.metrics.write({

@@ -76,12 +76,18 @@ def test_state_is_small(tmp_path, steps, phases, limit):
     assert read_state(tmp_path / "step") == state
 
 
+def test_skipped_updates_are_written(tmp_path):
+    state = replace(STATE, skipped=3)
+    begin(tmp_path / "step", state)
+    assert read_state(tmp_path / "step") == state and state.applied == 5
+
+
 def test_state_of_an_older_version(tmp_path):
-    """The first versions listed each task's manifest, and knew no controllers."""
+    """The first versions listed each task's manifest, and knew neither controllers nor skipped updates."""
     old = {"step": 8, "seed": 1, "identity": "ab", "schedule_version": 1, "manifests": {"caption": "cd"}, "bad": 2,
            "seen": 64}  # fmt: skip
     (tmp_path / "state.json").write_text(json.dumps(old))
-    assert read_state(tmp_path) == RunState(8, 1, "ab", 1, hash_of({"caption": "cd"}), 2, 64, "")
+    assert read_state(tmp_path) == RunState(8, 1, "ab", 1, hash_of({"caption": "cd"}), 2, 64, "", 0)
 
 
 def test_killed_before_the_mark(tmp_path):
