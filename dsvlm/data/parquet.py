@@ -44,22 +44,32 @@ class RowGroups:
                 self.used -= self.columns.popitem(last=False)[1].nbytes
         return table
 
+    def drop(self, key: tuple) -> None:
+        with self.lock:
+            if key in self.columns:
+                self.used -= self.columns.pop(key).nbytes
+
 
 class ParquetFile:
     """One file, read by row: `image` or `json`.
 
-    file: `size` and `read(offset, size)`; mapping: `fields` (record key -> COLUMN or COLUMN:PATH) and `image`.
+    file: `size` and `read(offset, size)`, and `read_again` too where there is a cache, which may be damaged; mapping:
+    `fields` (record key -> COLUMN or COLUMN:PATH) and `image`.
     ValueError when it is no parquet file, a column is missing or a row group is too large for random access.
     """
 
     def __init__(self, path: str, file, mapping: dict, groups: RowGroups):
         self.path, self.mapping, self.groups = path, mapping, groups
         self._lock = threading.Lock()             # one reader of pyarrow's is not for several threads
-        try:
-            self._file = pa.parquet.ParquetFile(pa.PythonFile(RangeFile(file), "r"),
-                                                page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a parquet file ({error}): copy it again") from error
+        self._cached = hasattr(file, "read_again")
+        for again in (False, True):
+            self._source = RangeFile(file, again)
+            try:
+                self._file = pa.parquet.ParquetFile(pa.PythonFile(self._source, "r"), page_checksum_verification=True)
+                break
+            except (pa.ArrowException, OSError) as error:
+                if again or not self._cached or _did_not_answer(error):
+                    raise ValueError(f"{path} is not a parquet file ({error}): copy it again") from error
         self.metadata = self._file.metadata
         sizes = [self.metadata.row_group(number).num_rows for number in range(self.metadata.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -80,10 +90,15 @@ class ParquetFile:
     def rows(self) -> int:
         return int(self.starts[-1])
 
-    def read(self, row: int, kind: str) -> bytes:
-        """The payload of one row; b"" when it has none. ValueError when a value does not fit its field."""
+    def read(self, row: int, kind: str, again: bool = False) -> bytes:
+        """The payload of one row; b"" when it has none. ValueError when a value does not fit its field.
+
+        again: past the cache, whose bytes are damaged.
+        """
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
-        table = self.groups.get((self.path, group, kind), lambda: self._load(group, kind))
+        if again:
+            self.groups.drop((self.path, group, kind))
+        table = self.groups.get((self.path, group, kind), lambda: self._load(group, kind, again))
         values = {name: table.column(name)[row - int(self.starts[group])].as_py() for name in table.column_names}
         return self._image(values) if kind == "image" else self._record(values)
 
@@ -97,14 +112,17 @@ class ParquetFile:
                 found.append((_start(chunk), _start(chunk) + chunk.total_compressed_size, again))
         return found
 
-    def _load(self, group: int, kind: str) -> pa.Table:
+    def _load(self, group: int, kind: str, again: bool) -> pa.Table:
         with self._lock:
+            self._source.again = again
             try:
                 return self._file.read_row_group(group, columns=self.columns[kind], use_threads=False)
             except (pa.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and (error.errno or type(error) is not OSError):
-                    raise                         # the disk's or the store's, not pyarrow's own
-                raise ValueError(f"{self.path}: row group {group} is damaged ({error})") from error
+                if _did_not_answer(error):
+                    raise
+                if again or not self._cached:
+                    raise ValueError(f"{self.path}: row group {group} is damaged ({error})") from error
+        return self._load(group, kind, True)
 
     def _chunks(self, group: int, kind: str) -> list:
         chunks = (self.metadata.row_group(group).column(at) for at in range(self.metadata.num_columns))
@@ -153,6 +171,11 @@ def index_parquet(name: str, file, mapping: dict, progress=iter) -> pa.Table:
     return index_table(rows)
 
 
+def _did_not_answer(error: Exception) -> bool:
+    """Whether an error is the disk's or the store's, not pyarrow's own."""
+    return isinstance(error, OSError) and bool(error.errno or type(error) is not OSError)
+
+
 def _start(chunk) -> int:
     """First byte of a column chunk: its dictionary comes before its data."""
     first = chunk.dictionary_page_offset
@@ -160,10 +183,10 @@ def _start(chunk) -> int:
 
 
 class RangeFile(io.RawIOBase):
-    """What pyarrow wants of a file, over `read(offset, size)`."""
+    """What pyarrow wants of a file, over `read(offset, size)`, or `read_again` as long as `again` is set."""
 
-    def __init__(self, file):
-        self._file, self._at = file, 0
+    def __init__(self, file, again: bool = False):
+        self._file, self._at, self.again = file, 0, again
 
     def readable(self) -> bool:
         return True
@@ -183,6 +206,7 @@ class RangeFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._file.size - self._at)
-        data = self._file.read(self._at, left if size < 0 else min(size, left))
+        read = self._file.read_again if self.again else self._file.read
+        data = read(self._at, left if size < 0 else min(size, left))
         self._at += len(data)
         return data

@@ -262,12 +262,12 @@ class _Shard:
             found += zip(start.tolist(), stop.tolist(), after.tolist(), strict=True)
         return [(start, stop, again) for start, stop, again in found if 0 < start < stop]
 
-    def _elsewhere(self, row: int, extension: str, offset: int, size: int) -> bytes:
+    def _elsewhere(self, row: int, extension: str, offset: int, size: int, again: bool = False) -> bytes:
         if self.parquet is None:
             found = max(0, self.file.size - offset)
             raise BadSample(f"{extension} is truncated: {found} of {size} bytes", self.where(row))
         try:
-            return self.parquet.read(offset - 1, extension)
+            return self.parquet.read(offset - 1, extension, again)
         except ValueError as error:
             raise BadSample(str(error), self.where(row)) from error
 
@@ -276,6 +276,8 @@ class _Shard:
         offset, size, crc = self.index.member(row, extension)
         if self._again is not None and self.parquet is None:
             data = self._again(offset, size)
+        elif self._again is not None:
+            data = self._elsewhere(row, extension, offset, size, again=True)
         if len(data) != size:
             raise BadSample(f"{extension} is truncated: {len(data)} of {size} bytes", self.where(row))
         if crc32(data) != crc:

@@ -112,6 +112,27 @@ def test_remote_parquet(manifest, tmp_path):
     assert verify(tmp_path / "remote")["problems"] == []
 
 
+@pytest.mark.parametrize("damage", ["all", "a row group", "a few bytes of one image"])
+def test_damage_in_the_cache_is_mended(tmp_path, damage):
+    """As after a loss of power: files of the right size that hold zeros."""
+    slow_store.register(latency=0.0)
+    pq.write_table(pa.Table.from_pylist(rows(0, 10)), tmp_path / "a.parquet", 4, compression="none")
+    index_set([f"slow://{tmp_path}/a.parquet"], "vqa", tmp_path / "set", FIELDS)
+    manifest = load_manifest(tmp_path / "set")
+    whole = ShardReader(manifest, str(tmp_path / "cache"))
+    whole.fetch(np.arange(10), 0)
+    truth = [(whole.record(i), whole.image(i)) for i in range(10)]
+    path, = (path for path in (tmp_path / "cache").rglob("*-*") if path.is_file())
+    data = path.read_bytes()
+    start = data.index(png(4)) - 100
+    path.write_bytes({"all": bytes(len(data)), "a row group": data[:start] + bytes(200) + data[start + 200:],
+                      "a few bytes of one image": data.replace(png(5), png(5)[:-9] + bytes(9))}[damage])
+    assert path.read_bytes() != data
+    reader = ShardReader(manifest, str(tmp_path / "cache"))
+    assert [(reader.record(i), reader.image(i)) for i in range(10)] == truth
+    assert ShardReader(manifest, str(tmp_path / "cache")).image(5) == truth[5][1]
+
+
 def test_damage_touches_its_row_group_only(manifest):
     """Flipped bytes in a file of several row groups: rows are right or masked, those of other groups stay right."""
     path = manifest.path / manifest.names[0]
