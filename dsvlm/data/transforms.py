@@ -104,10 +104,12 @@ def _pixels(image) -> np.ndarray:
     """uint8 [height, width, 3] of a Pillow image in RGB, read-only.
 
     As `np.asarray(image)`, which has the pixels written in pieces of 64 KiB and then joined: a copy more than needed,
-    three percent of the decoding. Pillow has no public call that writes them at once.
+    three percent of the decoding. Pillow has no public call that writes them at once; without its private one we wait.
     """
     from PIL import Image
 
+    if not hasattr(Image, "_getencoder"):
+        return np.asarray(image)
     image.load()
     width, height = image.size
     encoder = Image._getencoder("RGB", "raw", ("RGB",))

@@ -39,12 +39,24 @@ def test_decoders_agree(data):
     assert far(pillow, other) < 1 and np.abs(pillow.astype(int) - other).max() <= 8
 
 
+@pytest.mark.parametrize("private", [True, False])
 @pytest.mark.parametrize("size", [1, 24, 60, 701])
 @pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
-def test_pixels_are_those_of_plain_pillow(name, size):
+def test_pixels_are_those_of_plain_pillow(name, size, private, monkeypatch):
+    """Also where a version of Pillow lacks the private call that we use."""
     data = picture(60, 60, kind="PNG")
     with Image.open(BytesIO(data)) as image:
         plain = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    if not private:
+        encoder, tobytes = Image._getencoder, Image.Image.tobytes
+
+        def own(image, *args):                # Pillow has it under another name then
+            with monkeypatch.context() as patch:
+                patch.setattr(Image, "_getencoder", encoder, raising=False)
+                return tobytes(image, *args)
+
+        monkeypatch.setattr(Image.Image, "tobytes", own)
+        monkeypatch.delattr(Image, "_getencoder")
     assert np.array_equal(make_decoder(name, size)(data), plain)
 
 
