@@ -98,7 +98,7 @@ class ShardReader:
             data = pread(file, size, offset)
             if offset and len(data) == size and (not check or crc32(data) == crcs[row]):
                 return data
-        except (KeyError, OSError):
+        except (KeyError, OSError, OverflowError, MemoryError):   # the last two: an index that lies
             pass
         return self._shard(number).read(row, extension, check)    # knows what to do, or says what is wrong
 

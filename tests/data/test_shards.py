@@ -203,6 +203,28 @@ def test_a_flipped_byte_damages_one_sample_only(shards):
             assert fresh.image(i) == members.get("png", members.get("jpg"))
 
 
+@pytest.mark.parametrize("offset, size", [(2**63, 4), (2**64 - 1, 4), (512, 2**32 - 1)])
+def test_an_index_that_lies_about_a_place_masks_the_sample(shards, offset, size, monkeypatch):
+    reader = ShardReader(shards)
+    sound = reader.read(1, "json")
+    shard = reader._open[0]
+    file, *columns = shard.plain["json"]
+    columns = [list(column) for column in columns]
+    columns[0][0], columns[1][0] = offset, size
+    shard._members["json"], shard.plain["json"] = columns, (file, *columns)
+    pread = os.pread
+
+    def cautious(file, size, offset):
+        if size > 2**30:
+            raise MemoryError             # as under a limit of the address space
+        return pread(file, size, offset)
+
+    monkeypatch.setattr("dsvlm.data.reader.pread", cautious)
+    with pytest.raises(BadSample, match="json is truncated"):
+        reader.read(0, "json")
+    assert reader.read(1, "json") == sound
+
+
 def test_records_that_are_no_objects(tmp_path):
     manifest = write(tmp_path / "set", [("a", {"json": b"{"}), ("b", {"json": b"[1]"}), ("c", {"json": b"\xff"})])
     reader = ShardReader(manifest)
