@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ class RangeCache:
         self.directory = self.given / "ranges"
         self._known: dict[tuple[str, str], list[tuple[int, int]]] = {}
         self._lock = threading.Lock()
-        self._open = lru_cache(OPEN_RANGES)(lambda *place: LocalFile(self._path(*place)))
+        self._open = lru_cache(OPEN_RANGES)(partial(_opened, self.directory))    # no method: that would hold the cache
         self._last = ("", 0, 0, None)             # the range read last, for the next sample is mostly in it too
 
     def __reduce__(self):
@@ -265,7 +265,7 @@ class RangeCache:
         return entries
 
     def _path(self, shard: str, start: int, stop: int) -> Path:
-        return self.directory / shard / _region(start, stop) / f"{start}-{stop}"
+        return _path(self.directory, shard, start, stop)
 
     def _learn(self, shard: str, start: int, stop: int) -> None:
         with self._lock:
@@ -276,6 +276,14 @@ class RangeCache:
             ranges = self._known.get((shard, _region(*covering)), [])
             if covering in ranges:
                 ranges.remove(covering)
+
+
+def _path(directory: Path, shard: str, start: int, stop: int) -> Path:
+    return directory / shard / _region(start, stop) / f"{start}-{stop}"
+
+
+def _opened(directory: Path, shard: str, start: int, stop: int) -> LocalFile:
+    return LocalFile(_path(directory, shard, start, stop))
 
 
 def _uses(status: os.stat_result) -> tuple[int, int]:

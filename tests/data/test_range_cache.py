@@ -232,3 +232,6 @@ def test_few_removed_files_stay_open(tmp_path):
         assert cache.read("s", number * 100, 100) == bytes(100)
     opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert len([path for path in opened if path.startswith(str(tmp_path))]) <= 8
+    del cache                                     # closed at once, not when Python looks for cycles
+    opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [path for path in opened if path.startswith(str(tmp_path))]
