@@ -17,6 +17,7 @@ from dsvlm.schedule.mixture import Phase, Taken, rows
 # Of each task: samples before the interval; it takes part in every gap-th update, those of `turn` modulo gap; 1 + its
 # mean loss over the updates of the interval so far, 0 without any.
 FIELDS = (("cursor", "<i8"), ("turn", "<u2"), ("gap", "<u2"), ("cost", "<f4"))
+HUGE = 2.0**100  # a cost above it counts as this: finite in an <f4, so that a mean stays one
 SCORE_BITS = 15  # that are kept: 64 tasks fit into 1 KB, and gains of 0.1 % are far above the rounding
 # Fields of stop-and-go in the first version, which packed them as they are.
 FIRST = [("cursor", "<i8"), ("since", "<u4"), ("gap", "<u2"), ("nll", "<f8"), ("targets", "<f8"),
@@ -151,7 +152,7 @@ class Controlled:
         start, tasks = self.state.start, self.state.tasks.copy()
         assert start <= step < start + self.controller.every, "every update is observed once, in order"
         taught, cost = targets > 0, tasks["cost"].astype(np.float64)
-        new = np.divide(targets + nll, targets, out=cost.copy(), where=taught)
+        new = np.minimum(np.divide(targets + nll, targets, out=cost.copy(), where=taught), HUGE)
         updates, samples = self._updates(self.state, step + 1)
         count = np.where(cost == 0, 1, np.maximum((updates * (samples > 0)).sum(axis=0), 1))
         tasks["cost"] = rounded(cost + (new - cost) / count, self.cost_bits)
@@ -202,7 +203,7 @@ class Controlled:
         tasks["best"] = rounded(np.maximum(old["best"], 0), SCORE_BITS)
         nll, targets = old["nll"], old["targets"]
         cost = np.divide(targets + nll, targets, out=np.zeros(len(old)), where=targets > 0)
-        tasks["cost"] = rounded(cost, self.cost_bits)
+        tasks["cost"] = rounded(np.minimum(cost, HUGE), self.cost_bits)
         return State(start, tasks)
 
     def _gaps(self, state: State, phases: slice) -> np.ndarray:

@@ -254,6 +254,21 @@ def test_a_state_of_the_first_version_is_read():
     assert all(np.array_equal(other.table(step), control.table(step)) for step in range(18, 40))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [1e39, 1e300, np.inf])
+def test_a_loss_beyond_all_bounds_is_a_bad_score_not_a_missing_one(loss):
+    """One such update among others of its interval: three decisions on it stop the task, as on any loss that stays."""
+    control = Controlled([Phase(0, (2, 5))], StopAndGo(every=4))
+    for step in range(12):
+        assert control.stopped() == []
+        mean = np.array([loss if step % 4 == 1 else 1.0, 1e9 * 0.9**step])
+        control.observe(step, 2 * mean, np.array([2.0, 2.0]))
+        other = Controlled([Phase(0, (2, 5))], StopAndGo(every=4))
+        other.restore(control.pack())
+        control = other
+    assert control.stopped() == [0]
+
+
 def test_updates_are_observed_once_and_in_order():
     control = Controlled([Phase(0, (2, 5))], StopAndGo(every=2))
     with pytest.raises(AssertionError, match="once"):
