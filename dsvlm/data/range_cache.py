@@ -95,11 +95,12 @@ class RangeCache:
             try:
                 file = self._open(shard, *covering)
                 data = file.read(offset - covering[0], size)
+                if len(data) == size:
+                    self._last = (shard, *covering, file)
+                    return data
+                self._open.cache_clear()          # or what comes in its place would be taken for this one
             except OSError:
-                data = b""
-            if len(data) == size:
-                self._last = (shard, *covering, file)
-                return data
+                pass
             self._path(shard, *covering).unlink(missing_ok=True)       # cut short, or gone already
             self._unlearn(shard, covering)
         return None

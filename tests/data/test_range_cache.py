@@ -224,6 +224,20 @@ def test_who_holds_a_lock_for_too_long_is_not_waited_for(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("ranges/s/0/*")) == ["0-100", "10-20"]
 
 
+def test_a_file_that_was_cut_short_is_fetched_once_more_only(tmp_path):
+    cache, loads = RangeCache(tmp_path, 1000), []
+
+    def load(offset, size):
+        loads.append(offset)
+        return bytes(size)
+
+    cache.put("s", 0, 100, load, 0)
+    os.truncate(tmp_path / "ranges/s/0/0-100", 10)
+    assert cache.read("s", 20, 30) is None
+    cache.put("s", 0, 100, load, 0)
+    assert cache.read("s", 20, 30) == cache.read("s", 50, 30) == bytes(30) and len(loads) == 2
+
+
 def test_few_removed_files_stay_open(tmp_path):
     """The disk keeps what is open: it would come on top of the limit."""
     cache = RangeCache(tmp_path, 1000)
