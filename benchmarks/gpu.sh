@@ -26,7 +26,7 @@ done
 
 export python=${PYTHON:-python3}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'kill $(jobs -pr) 2>/dev/null; rm -rf "$work"' EXIT # a stage is no orphan that keeps the device busy
 export logs=$work/logs
 mkdir -p "$out" "$work/parts" "$logs"
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR="$work/inductor"
@@ -118,7 +118,9 @@ stages() { # FlexAttention is compiled, and kernels are checked, beside the test
 
 run_stage() { # name, limit, command
     local start=$SECONDS status=0
-    timeout -k 5 "$2" bash -c "$3" >"$logs/$1.log" 2>&1 </dev/null || status=$?
+    trap 'kill $!; exit' TERM
+    timeout -k 5 "$2" bash -c "$3" >"$logs/$1.log" 2>&1 </dev/null &
+    wait $! || status=$?
     echo "$status $((SECONDS - start))" >"$logs/$1.part"
     mv "$logs/$1.part" "$logs/$1.end"
 }
@@ -142,6 +144,9 @@ await() { # stages that were left running; one that nothing can end, stuck in th
     names=() ends=()
 }
 
+for name in ${only//,/ }; do
+    grep -qE "^$name&? " <<<"$(stages)" || { echo "gpu.sh: --only $name names no stage" >&2; exit 2; }
+done
 chosen=() later=0 # seconds that the stages after this one want
 while read -r name limit command; do
     case ",$only," in ",," | *",${name%&},"*) ;; *) continue ;; esac
@@ -149,7 +154,6 @@ while read -r name limit command; do
     chosen+=("$name $limit $command")
     [ "${name%&}" != "$name" ] || later=$((later + limit))
 done < <(stages)
-[ ${#chosen[@]} -gt 0 ] || { echo "gpu.sh: --only $only names no stage" >&2; exit 2; }
 
 for stage in "${chosen[@]}"; do
     read -r name limit command <<<"$stage"

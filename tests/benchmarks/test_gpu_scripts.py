@@ -149,6 +149,25 @@ def test_unknown_options_are_refused(tmp_path):
     assert done.returncode == 2 and "usage" in done.stderr and not list(tmp_path.iterdir())
     done = gpu_sh("one 9 echo 1", tmp_path, "--only", "two")
     assert done.returncode == 2 and "--only two names no stage" in done.stderr
+    done = gpu_sh("one 9 echo 1\ntwo& 9 echo 2", tmp_path, "--only", "two,one,tow")
+    assert done.returncode == 2 and "--only tow names no stage" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_ended_ends_its_stages(tmp_path):
+    """They would keep the device busy beside the next run, and write what `auto` follows."""
+    name = tmp_path / "pid"
+    stages = f"beside& 50 sleep 50\nlong 50 echo $$ > {name}.part; mv {name}.part {name}; exec sleep 50"
+    environ = dict(os.environ) | {"PYTHON": sys.executable, "DSVLM_GPU_STAGES": stages}
+    run = subprocess.Popen(
+        ["bash", "benchmarks/gpu.sh", "--out", str(tmp_path), "--smoke"], cwd=ROOT, env=environ, stderr=subprocess.PIPE
+    )
+    end = time.monotonic() + 20
+    while not name.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    pid = int(name.read_text())
+    run.terminate()
+    run.communicate(timeout=20)  # the stages hold its stderr: all of them have ended
+    assert run.returncode != 0 and not Path(f"/proc/{pid}").exists()
 
 
 def test_gpu_tests_are_known_and_left_out(pytestconfig):
