@@ -146,7 +146,7 @@ class Forward {
       I key{};
       if (call.policy != moe::Policy::position) {
         const V by = call.policy == moe::Policy::bpr ? first : score;
-        key = all<I>(moe::kZeroScore<Key>) - bits_as<I>(by);
+        key = all<I>(moe::kZeroScore<Key>) ^ bits_as<I>(by);  // minus, also for the rubbish of a bad row
       }
       key = asks ? (bad ? all<I>(moe::kBad<Key>) : key) : all<I>(moe::kAsksNothing<Key>);
       put(t, static_cast<Real*>(call.weight), r.k, k, weight);
