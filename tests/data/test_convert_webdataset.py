@@ -43,6 +43,17 @@ def test_the_same_source_gives_the_same_shards(source, tmp_path):
     assert convert_webdataset([str(source)] * 2, "caption", tmp_path / "twice", limit=7)["samples"] == 6
 
 
+def test_samples_whose_members_are_not_adjacent_are_refused_and_repeated_keys_are_not(tmp_path):
+    whole = captions(0, 3)
+    apart = tar(tmp_path / "apart.tar", dict(sorted(whole.items(), key=lambda item: item[0][-3:], reverse=True)))
+    with pytest.raises(ValueError, match=r"apart.tar: the members of sample 'train/00000' are not adj.*data index"):
+        convert_webdataset([str(apart)], "caption", tmp_path / "apart")
+    assert not (tmp_path / "apart" / "manifest.json").exists()
+    plain = tar(tmp_path / "x.tar", whole)
+    (tmp_path / "joined.tar").write_bytes(2 * plain.read_bytes())
+    assert convert_webdataset([str(tmp_path / "joined.tar"), str(plain)], "caption", tmp_path / "s")["samples"] == 9
+
+
 @pytest.mark.parametrize("change, options, message", [
     ("cut", {}, "after . samples of .*x.tar: "),
     ("absent", {}, "after 0 samples of .*absent.tar: FileNotFoundError"),

@@ -90,13 +90,17 @@ def run(args: argparse.Namespace, progress=None) -> dict:
 
 
 def _samples(urls: list[str], limit: int | None) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) of each sample in order; members: lower-case extension -> payload."""
+    """(key, members) of each sample in order; members: lower-case extension -> payload.
+
+    ValueError when a key comes again with other members: they are parts of one sample, which would train without its
+    image. With the same members it is another sample, as in tars that were joined.
+    """
     from webdataset.shardlists import expand_urls
     from webdataset.tariterators import group_by_keys
 
-    number = 0
+    number, kinds = 0, {}
     for url in (url for given in urls for url in expand_urls(given)):
-        stream = group_by_keys(_files(url))
+        stream, earlier = group_by_keys(_files(url)), {}
         while limit is None or number < limit:
             try:
                 sample = next(stream, None)
@@ -105,7 +109,12 @@ def _samples(urls: list[str], limit: int | None) -> Iterator[tuple[str, dict[str
                 raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
             if sample is None:
                 break
-            yield sample["__key__"], {ext: data for ext, data in sample.items() if not ext.startswith("__")}
+            key, members = sample["__key__"], {ext: data for ext, data in sample.items() if not ext.startswith("__")}
+            names = kinds.setdefault(frozenset(members), frozenset(members))    # one object for all that are alike
+            if names and names.isdisjoint(earlier.setdefault(key, names)):
+                raise ValueError(f"{url}: the members of sample {key!r} are not adjacent, and a stream cannot be "
+                                 f"searched for them: copy the tar to a file and see `dsvlm data index --out`")
+            yield key, members
             number += 1
 
 
