@@ -36,22 +36,26 @@ reserve=20 # seconds kept for the report
 begin=$SECONDS failed=0 names=() ends=()
 
 build() { # with CUDA code where nvcc is, for this device; else what lies there has to hold it
-    local capability
+    local capability wrong=0
     capability=$(timeout 20 nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
     case $capability in
         9.0) export DSVLM_CUDA_ARCH=${DSVLM_CUDA_ARCH:-90a} ;;
         *.*) export DSVLM_CUDA_ARCH=${DSVLM_CUDA_ARCH:-${capability/./}} ;;
     esac
     if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
-        DSVLM_CUDA=1 "$python" setup.py build_ext --inplace || echo "the build failed, what was there serves"
+        DSVLM_CUDA=1 "$python" setup.py build_ext --inplace || {
+            echo "the build failed, what was there serves"
+            wrong=1 # what another commit's code does is not to be published as this one's
+        }
     fi
-    "$python" - <<'EOF'
+    "$python" - <<'EOF' || wrong=1
 import sys, torch
 from dsvlm.ops.library import library
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 missing = not library() or not has("dsvlm::git_attention_forward", "CUDA")
 sys.exit("there is no library with CUDA code" if missing else 0)
 EOF
+    return $wrong
 }
 
 gpu_tests() { # only files that have such tests are imported: the others may need what a GPU host lacks

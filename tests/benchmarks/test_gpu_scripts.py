@@ -82,6 +82,28 @@ def test_all_stages_fit_into_nine_minutes_and_come_by_importance():
     assert max(int(limits["compile&"]), int(limits["sanitizer&"])) <= int(limits["tests"])
 
 
+@pytest.mark.parametrize("builds, holds, ends, words", [
+    (1, 1, 0, "built"), (0, 1, 1, "the build failed, what was there serves"), (1, 0, 1, "there is no library"),
+])  # fmt: skip
+def test_a_build_that_fails_is_told_also_where_another_serves(tmp_path, monkeypatch, builds, holds, ends, words):
+    """The stages after it run, but what they measure is not this commit's code."""
+    tools = {"nvcc": "", "python": f"""
+if [ "$1" = setup.py ]; then
+    [ {builds} = 1 ] && echo built
+else
+    cat >/dev/null
+    [ {holds} = 1 ] || {{ echo "there is no library"; exit 1; }}
+fi"""}
+    for name, script in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = gpu_sh(f"build 20 python={tmp_path}/python build\nafter 9 echo ran", tmp_path)
+    build, after = json.loads(next(tmp_path.glob("smoke-*.json")).read_text())["stages"]
+    assert (done.returncode, after["said"]) == (ends, "ran") and build["said"] == words
+    assert build["result"] == ("failed (1)" if ends else "ok")
+
+
 FAKE_SANITIZER = """#!/bin/bash
 echo "$@" >> "$FAKE/calls"
 tool=$2
