@@ -63,8 +63,10 @@ def page(title: str, sections: list[str], style: str = "") -> str:
 def heading(recipe: Recipe, rows: list[dict], result: dict | None) -> str:
     vision, decoder = recipe.model.vision, recipe.model.decoder
     done, planned = rows[-1]["step"] + 1, recipe.schedule.steps
+    skipped = sum(row.get("skipped", 0) for row in rows)
     facts = {
-        "updates": f"{done:,}" + ("" if done == planned else f" of {planned:,}"),
+        "updates": f"{done:,}" + ("" if done == planned else f" of {planned:,}")
+        + (f", {skipped:,} skipped: no finite gradient" if skipped else ""),
         "samples": f"{sum(row['samples'] for row in rows):,}, {sum(row['masked'] for row in rows):,} masked",
         "time": duration(sum(row["seconds"] for row in rows)),
         "strategy": f"{recipe.schedule.strategy}, {len(recipe.tasks)} tasks",

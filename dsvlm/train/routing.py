@@ -59,7 +59,7 @@ def warn_of_bad_tokens(name: str) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         warnings.warn(
             f"the router of {name} gave logits that are NaN or infinite (moe_bad_tokens in metrics.jsonl counts them): "
-            "such a window's loss and gradient are no numbers either; if it goes on, go back to a checkpoint, with a "
-            "lower optim.lr or a smaller optim.clip",
+            "such a window's loss and gradient are no numbers either, and its update is skipped; if it goes on, begin "
+            "another run with a lower optim.lr or a smaller optim.clip",
             stacklevel=1,
         )

@@ -135,6 +135,15 @@ def test_experts_have_charts_by_layer_and_modality(copy):
     assert "14 tokens had logits that are NaN or infinite, from step 1 on." in page.text
 
 
+def test_skipped_updates_are_told_where_there_are_some(copy):
+    path = copy / "metrics.jsonl"
+    assert "no finite gradient" not in write_report(copy).read_text()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["skipped"] = 1
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ", 1 skipped: no finite gradient" in write_report(copy).read_text()
+
+
 def test_verdicts():
     assert verdict("exact", 1.0)[0] == "right" and verdict("exact", 0.0)[0] == "wrong"
     assert verdict("mean_iou", 0.5) == ("right", "&#10003; right, IoU 0.50")
