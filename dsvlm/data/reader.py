@@ -208,7 +208,8 @@ class _Shard:
             self._size = -1                       # its offsets are none of the file's: `_elsewhere` reads
         # By extension: descriptor, offsets, sizes, crcs of members that one pread gives.
         plain = not self.is_remote and self.parquet is None
-        self.plain = {name: (self.file._fd, *columns) for name, columns in self._members.items()} if plain else {}
+        members = self._members.items() if plain else ()
+        self.plain = {name: (self.file.descriptor, *columns) for name, columns in members}
 
     def where(self, row: int) -> str:
         return f"{self.name}:{self.index.key(row)}"

@@ -43,14 +43,14 @@ class LocalFile:
     """A local file read with `pread`; closed with the last reference. OSError when it cannot be opened."""
 
     def __init__(self, path: Path):
-        self._fd = None
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._fd).st_size
+        self.descriptor = None
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self.descriptor).st_size
 
     def __del__(self):
-        if self._fd is not None:
-            os.close(self._fd)
+        if self.descriptor is not None:
+            os.close(self.descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes from `offset` on, fewer at the end of the file."""
-        return os.pread(self._fd, size, offset)
+        return os.pread(self.descriptor, size, offset)
