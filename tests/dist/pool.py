@@ -60,8 +60,10 @@ def work(rank: int, world_size: int, port: int, inputs, results) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
+    from dsvlm.train import guard
     from dsvlm.train.launch import find_ranks, init_distributed
 
+    guard.Nodes = kept(guard.Nodes)
     torch.set_num_threads(1)
     init_distributed(find_ranks(os.environ), 60)
     cases = importlib.import_module("tests.dist.cases")
@@ -75,3 +77,16 @@ def work(rank: int, world_size: int, port: int, inputs, results) -> None:
         faulthandler.cancel_dump_traceback_later()
         results.put((rank, answer))
     os._exit(0)  # DeepSpeed leaves threads behind that would keep an idle rank alive
+
+
+def kept(make):
+    """Makes groups once for each layout of nodes: every case's guard would add four, of three threads each."""
+    found = {}
+
+    def made_or_known(nodes: list[list[int]], timeout: int):
+        layout = str(nodes), timeout  # all of it: whoever makes a group must have made as many as its other ranks
+        if layout not in found:
+            found[layout] = make(nodes, timeout)
+        return found[layout]
+
+    return made_or_known
