@@ -1,6 +1,7 @@
 """The plan and the digest check at large world sizes: `python -m benchmarks.plan [--json]`.
 
-One rank's share is computed, as the rank itself does it: window, deal, its units' places, their samples, the digest.
+One rank's share is computed, as the rank itself does it: window, deal, its units' places, their samples, the mark that
+ranks compare. Rank 0 also records the digest of each window, which is O(blocks): for per_rank it has rows of its own.
 Where windows are cut by length (train.micro_tokens) every rank looks at the lengths of the whole window: that part is
 O(window), so it grows with W where the window does, and has rows of its own.
 Processor time, so that other processes on the machine do not count.
@@ -20,7 +21,7 @@ from benchmarks.measure import Row, machine, markdown, progress, spread
 from benchmarks.padding import BUCKETS, MICRO_TOKENS, draw_lengths
 from dsvlm.config import load_recipe
 from dsvlm.schedule.agreement import difference, merge, summarise
-from dsvlm.schedule.digest import digest, identity_bytes
+from dsvlm.schedule.digest import digest, identity_bytes, mark
 from dsvlm.schedule.lengths import deal_by_length
 from dsvlm.schedule.permutation import EpochOrder
 from dsvlm.schedule.plan import STRATEGIES, Plan, Schedule, Stream
@@ -49,7 +50,7 @@ def share_of_rank(plan: Plan, identity: bytes, world_size: int, rank: int, step:
     rounds = deal(window, plan.schedule, world_size, MICRO_BATCH)
     places = np.concatenate([one.unit(rank).places for one in rounds])
     plan.locate_all(*window.take(places))
-    digest(identity, window)
+    mark(identity, window)
     return len(rounds)
 
 
@@ -76,10 +77,34 @@ def plan_rows(repeats: int, seconds: float) -> list[Row]:
                     us, each = micro_step_us(strategy, world, samples, seconds)
                     found[world].append(us)
             for world, values in found.items():
-                goal = {} if strategy == "per_rank" else {"goal": "<= 100 us", "met": statistics.median(values) <= 100}
                 what = f"{strategy}, {each} micro-steps in a window, W = {world:,}"
-                rows.append(spread("plan of a rank, per micro-step", what, values, "us", **goal))
+                rows.append(spread("plan of a rank, per micro-step", what, values, "us", goal="<= 100 us",
+                                   met=statistics.median(values) <= 100))  # fmt: skip
             progress(rows[-1].what)
+    return rows
+
+
+def recorded_us(world_size: int, samples: int, windows: int = 4) -> tuple[float, int]:
+    """Microseconds of a micro-step that the digest of per_rank's windows takes; micro-steps each."""
+    schedule = schedule_of("per_rank", world_size, samples)
+    plan, identity = Plan(schedule), identity_bytes(schedule, "recipe", ["manifest"] * TASKS)
+    micro_steps = len(deal(plan.window(1_000), schedule, world_size, MICRO_BATCH))
+    start = time.process_time()
+    for step in range(1_000, 1_000 + windows):
+        digest(identity, plan.window(step))
+    return (time.process_time() - start) / windows / micro_steps * 1e6, micro_steps
+
+
+def record_rows(repeats: int) -> list[Row]:
+    """What the digest costs the one rank that records it."""
+    rows = []
+    for samples in (64, 16):
+        for world in WORLDS:
+            runs = [recorded_us(world, samples) for _ in range(repeats)]
+            what = f"digest that rank 0 records, per_rank, {runs[0][1]} micro-steps in a window, W = {world:,}"
+            rows.append(spread("digest of a step where it is recorded (rank 0), per micro-step", what,
+                               [run[0] for run in runs], "us", note="O(chunks): no goal"))  # fmt: skip
+        progress(rows[-1].what)
     return rows
 
 
@@ -217,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="processor time of each figure of the plan")
     args = parser.parse_args(argv)
-    plan = plan_rows(args.repeats, args.seconds)
+    plan = plan_rows(args.repeats, args.seconds) + record_rows(args.repeats)
     rows = length_rows(args.repeats) + epoch_rows(args.repeats)
     rows += resume_rows(args.repeats) + digest_rows(args.repeats)
     if args.json:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dsvlm.schedule.keys import hash64, key64
+from dsvlm.schedule.mixture import Chunks
 from dsvlm.schedule.plan import SCHEDULE_VERSION, Schedule, Window
 
 
@@ -42,11 +43,23 @@ def identity_bytes(schedule: Schedule, recipe_hash: str, manifest_hashes: Sequen
 
 
 def digest(identity: bytes, window: Window) -> str:
-    """Return 32 hex digits that name one step of a run; equal for every world size and micro-batch."""
+    """Return 32 hex digits that name one step of a run; equal for every world size and micro-batch. O(blocks)."""
+    return _named(identity, window, window.table)
+
+
+def mark(identity: bytes, window: Window) -> str:
+    """Return 32 hex digits that ranks compare before a step: its digest, or that of a sample where it has many chunks.
+
+    No larger window takes longer, so that every rank of a large job can have it before every step.
+    """
+    return _named(identity, window, window.source.sample() if isinstance(window.source, Chunks) else window.table)
+
+
+def _named(identity: bytes, window: Window, content: np.ndarray) -> str:
     order = [0, 0] if window.order_key is None else [1, window.order_key]
-    head = np.array([SCHEDULE_VERSION, len(identity), window.step, len(window.table), *order], "<u8")
+    head = np.array([SCHEDULE_VERSION, len(identity), window.step, len(window.source), *order], "<u8")
     named = hashlib.blake2b(head.tobytes() + identity, digest_size=16)
-    named.update(np.ascontiguousarray(window.table, "<i8"))
+    named.update(np.ascontiguousarray(content, "<i8"))
     return named.hexdigest()
 
 

@@ -12,12 +12,13 @@ import numpy as np
 
 from dsvlm.schedule.controller import Controlled, Controller
 from dsvlm.schedule.keys import hash64, key64
-from dsvlm.schedule.mixture import Drawn, Phase, Taken
+from dsvlm.schedule.mixture import Chunks, Drawn, Phase, Taken
 from dsvlm.schedule.permutation import EpochOrder, permute, samples_of
 
 SCHEDULE_VERSION = 1  # of the order that a schedule stands for: any change to the order must raise it
 STRATEGIES = ("accumulate", "mixed", "unified", "per_rank")
 ROUND_KINDS = ("task", "packed")
+SMALL = 1024  # chunks: windows of more draw them when they are asked for
 
 
 @dataclass(frozen=True)
@@ -134,22 +135,27 @@ class Block(NamedTuple):
 class Window:
     """The samples of one optimizer update, in order: block after block, then permuted by `order_key` if not None.
 
-    `table: [blocks, 3] int64`, the fields of each `Block`: a window may hold half a million of them, which are `chunk`
-    samples each then; 0 where they may differ.
+    source: the `table`, or what draws it: a window may hold half a million blocks, of which a rank needs its own only.
+    `chunk`: samples of each block; 0 where they may differ.
     """
 
     step: int
-    table: np.ndarray
+    source: np.ndarray | Chunks
     order_key: int | None = None
     chunk: int = 0
 
     def __len__(self) -> int:
-        return len(self.table) * self.chunk if self.chunk else int(self._edges[-1])
+        return len(self.source) * self.chunk if self.chunk else int(self._edges[-1])
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The fields of each `Block`, [blocks, 3] int64; O(blocks)."""
+        return self.source.table() if isinstance(self.source, Chunks) else self.source
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Runs of blocks of one size: (blocks, samples of each), in order."""
-        return [(len(self.table), self.chunk)] if self.chunk else [(1, count) for count in self.counts.tolist()]
+        return [(len(self.source), self.chunk)] if self.chunk else [(1, count) for count in self.counts.tolist()]
 
     @property
     def counts(self) -> np.ndarray:
@@ -175,7 +181,8 @@ class Window:
         else:
             block = self._edges.searchsorted(place, side="right") - 1
             place = place - self._edges[block]
-        return self.table[block, 0].astype(np.int32), self.table[block, 1] + place
+        task, first = self._rows(block)
+        return task.astype(np.int32), first + place
 
     @property
     def task(self) -> np.ndarray:
@@ -186,6 +193,12 @@ class Window:
     def ordinal(self) -> np.ndarray:
         """Ordinal of every sample within its task, [n] int64."""
         return self.span(0, len(self))[1]
+
+    def _rows(self, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (task, first ordinal) of `block: [n] int64`, [n] int64 each."""
+        if isinstance(self.source, Chunks) and "table" not in vars(self) and len(block) < len(self.source):
+            return self.source.rows(block)
+        return self.table[block, 0], self.table[block, 1]  # of as many places as blocks: looking up is cheaper
 
     @cached_property
     def _edges(self) -> np.ndarray:
@@ -215,7 +228,9 @@ class Plan:
         assert step >= 0
         schedule = self.schedule
         key = key64("mixed", schedule.seed, step) if schedule.strategy == "mixed" else None
-        return Window(step, self._blocks.table(step), key, self._blocks.chunk)
+        many = isinstance(self._blocks, Drawn) and self._blocks.chunks > SMALL
+        source = Chunks(self._blocks, step) if many else self._blocks.table(step)
+        return Window(step, source, key, self._blocks.chunk)
 
     def cursors(self, step: int) -> np.ndarray:
         """Return how many samples of each task come before a step, [tasks] int64: the ordinals that it begins with."""

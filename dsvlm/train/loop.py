@@ -12,7 +12,7 @@ import numpy as np
 from dsvlm.config import Recipe
 from dsvlm.data.loader import Draft, LoadedWindow, Loader
 from dsvlm.data.transforms import decoder_version
-from dsvlm.schedule.digest import combine, digest, fingerprint
+from dsvlm.schedule.digest import combine, digest, fingerprint, mark
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, make_model, manifest_record, plan_run
 from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_checkpoint
@@ -188,11 +188,11 @@ def train_step(run: Run) -> bool:
     except (ValueError, OSError) as caught:
         error = str(caught)
     clock.waited()
-    plan_digest = digest(run.planned.identity, run.planned.plan.window(step))
+    identity, planned = run.planned.identity, run.planned.plan.window(step)
     control = run.planned.plan.control
     own = [task.weight for task in recipe.tasks.values()]
     counts, stopping = run.guard.enter_window(
-        {"step": step, "plan": plan_digest, "controller": control and control.pack()},
+        {"step": step, "plan": mark(identity, planned), "controller": control and control.pack()},
         np.append(window.counts, teaching(window, own)) if window else np.zeros(len(recipe.tasks) + 2, np.int64),
         stop_requested(run.stop, recipe.run_dir),
         error,
@@ -212,7 +212,8 @@ def train_step(run: Run) -> bool:
         warn_of_skipped()
     elif run.ema is not None:
         run.ema.update(step)
-    report(run, window, weights, sums, {"lr": lr, "skipped": int(skipped), "digest": plan_digest}, clock)
+    named = digest(identity, planned) if run.metrics.on else None  # O(blocks): only where it is written
+    report(run, window, weights, sums, {"lr": lr, "skipped": int(skipped), "digest": named}, clock)
     return False
 
 

@@ -14,6 +14,15 @@ def test_share_of_rank(strategy):
     assert us > 0 and micro_steps == 8
 
 
+def test_record(monkeypatch):
+    monkeypatch.setattr(benchmark, "WORLDS", (1, 16))
+    rows = benchmark.record_rows(1)
+    assert [row.what.rpartition(", ")[2] for row in rows] == ["W = 1", "W = 16"] * 2
+    assert all(row.value > 0 and row.met is None and "O(chunks)" in row.note for row in rows)
+    assert "rank 0 records, per_rank, 32 micro-steps" in benchmark.grid(rows).splitlines()[2]
+    assert all(row.goal == "<= 100 us" for row in benchmark.plan_rows(1, 0.001))
+
+
 def test_cut_by_length(monkeypatch):
     """The whole window is cut: four times the ranks have four times the samples, in as many micro-steps."""
     monkeypatch.setattr(benchmark, "CUT_WORLDS", (2, 8))

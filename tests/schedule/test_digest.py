@@ -11,7 +11,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dsvlm.schedule import digest as module
-from dsvlm.schedule.digest import combine, digest, fingerprint, identity_bytes
+from dsvlm.schedule.digest import combine, digest, fingerprint, identity_bytes, mark
+from dsvlm.schedule.mixture import Mixture
+from dsvlm.schedule.mixture import Phase as MixturePhase
 from dsvlm.schedule.plan import STRATEGIES, Plan, Schedule, Stream
 from dsvlm.schedule.strategy import deal
 
@@ -110,6 +112,87 @@ def test_digest_detects_data_recipe_step_and_version(monkeypatch):
     digests.append(digest_of(schedule, 0))
     assert len(set(digests)) == len(digests)
     assert all(len(value) == 32 and int(value, 16) >= 0 for value in digests)
+
+
+LARGE = replace(schedule_of("per_rank"), samples=4000)  # 2000 chunks
+LARGE_GOLDEN = {  # of windows of many chunks, from before these were drawn when asked for
+    0: ("ea4fce56c56f9875825b7bf58a63ba66", "3253ca47bc728f58b45f23f7635e571f"),
+    7: ("1f681bb86369070a6c0f6fbf5490b941", "ea8bbaf52026ee2cbba9f32126740cde"),
+    1_000_003: ("665ed4e99b168334f45fc8561690c7ad", "066ade4ade424923fc67f5e539e654da"),
+}
+PHASES = (MixturePhase(0, (3, 1, 2)), MixturePhase(5, (0, 4, 1)), MixturePhase(1_000_000, (2, 0, 7)))
+
+
+def mark_of(schedule, step, recipe="r", manifests=MANIFESTS):
+    return mark(identity_bytes(schedule, recipe, manifests), Plan(schedule).window(step))
+
+
+@pytest.mark.parametrize("step", LARGE_GOLDEN)
+def test_golden_of_many_chunks(step):
+    assert (digest_of(LARGE, step), digest_of(replace(LARGE, phases=PHASES), step)) == LARGE_GOLDEN[step]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_mark_of_a_small_window(strategy):
+    """It is the digest: ranks compare every block."""
+    for step in (0, 1_000_003):
+        assert mark_of(schedule_of(strategy), step) == GOLDEN[strategy, step]
+    assert mark_of(replace(LARGE, samples=2048), 3) == digest_of(replace(LARGE, samples=2048), 3)
+
+
+@pytest.mark.parametrize("field", [field for field in PERTURBED if field != "strategy"])  # no other has many chunks
+def test_mark_of_many_chunks_detects(field):
+    """As the digest does, in every step."""
+    other = PERTURBED[field](LARGE)
+    other = replace(other, samples=3996 if field == "samples" else 2000 * other.chunk)
+    for step in (0, 5):
+        assert (mark_of(LARGE, step) == mark_of(other, step)) == (field in FREE["per_rank"])
+
+
+def test_mark_of_many_chunks_detects_data_recipe_step_phases_and_version(monkeypatch):
+    marks = [
+        mark_of(LARGE, 0), mark_of(LARGE, 1), digest_of(LARGE, 0), mark_of(LARGE, 0, recipe="R"),
+        mark_of(LARGE, 0, manifests=("aa", "bb", "cd")), mark_of(LARGE, 0, manifests=("bb", "aa", "cc")),
+        mark_of(replace(LARGE, phases=PHASES), 0), mark_of(replace(LARGE, phases=PHASES[:2]), 0),
+    ]  # fmt: skip
+    assert marks[0] == mark_of(LARGE, 0)
+    monkeypatch.setattr(module, "SCHEDULE_VERSION", 2)
+    marks.append(mark_of(LARGE, 0))
+    assert len(set(marks)) == len(marks)
+
+
+def other_plans():
+    """Plans of another order than LARGE's, and in how many of 40 steps at least that is seen, whatever the identity."""
+    yield Plan(replace(LARGE, seed=8)), 40
+    yield Plan(replace(LARGE, streams=(replace(STREAMS[0], quota=4), *STREAMS[1:]))), 40
+    yield Plan(replace(LARGE, phases=(MixturePhase(0, (3, 1, 2)), MixturePhase(1, (3, 1, 2))))), 39
+    yield Plan(replace(LARGE, phases=(MixturePhase(0, (1, 3, 2)), MixturePhase(1, (3, 1, 2))))), 40
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_mark_detects_another_order(number):
+    """With the identity of the same run: what is drawn is compared, not only what should be."""
+    identity = identity_bytes(LARGE, "r", MANIFESTS)
+    right, (other, least) = Plan(LARGE), list(other_plans())[number]
+    seen = [mark(identity, right.window(step)) != mark(identity, other.window(step)) for step in range(40)]
+    assert sum(seen) >= least
+
+
+@pytest.mark.parametrize("every, steps", [(2, 5), (16, 20)])
+def test_mark_detects_a_part_of_the_order(every, steps, monkeypatch):
+    """One cycle of a few in which two slots are exchanged: seen within some steps."""
+    identity, draw = identity_bytes(LARGE, "r", MANIFESTS), Mixture.draw
+    right = [mark(identity, Plan(LARGE).window(step)) for step in range(steps)]
+
+    def exchanged(self, cycle):
+        task, occurrence = draw(self, cycle)
+        for part in (task, occurrence):
+            first = np.where(cycle % every == 0, 5, 0)
+            part[:, 0], part[np.arange(len(part)), first] = part[np.arange(len(part)), first], part[:, 0].copy()
+        return task, occurrence
+
+    monkeypatch.setattr(Mixture, "draw", exchanged)
+    assert any(mark(identity, Plan(LARGE).window(step)) != right[step] for step in range(steps))
 
 
 def test_numpy_sizes_are_the_same_run():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dsvlm.schedule.plan import Plan, Schedule, Stream
+from dsvlm.schedule.plan import STRATEGIES, Plan, Schedule, Stream
 from dsvlm.schedule.strategy import deal, idle_share
 
 steady = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=30)
@@ -144,11 +144,11 @@ def test_refusals(world_size, micro_batch, field):
         deal(Plan(one_task(6)).window(0), one_task(6), world_size, micro_batch)
 
 
-@pytest.mark.parametrize("strategy", ["accumulate", "mixed", "unified"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_large_world_is_lazy(strategy):
     """One rank of 16,384 with a window of 4 M samples: no work proportional to either (0.1 s of CPU is ample)."""
     streams = tuple(Stream(f"task{index}", (10_000,) * 100, 2**19, 1) for index in range(8))
-    schedule = Schedule(1, strategy, streams, samples=2**22)
+    schedule = Schedule(1, strategy, streams, samples=2**22, chunk=16 if strategy == "per_rank" else 0)
     plan = Plan(schedule)
     began = time.process_time()
     window = plan.window(123_456)
