@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from dsvlm.data.collate import Row, collate
-from dsvlm.data.encode import IGNORE, Encoded
+from dsvlm.data.encode import Encoded
 
 
 def row(tokens: int, image: bool = False) -> Row:
-    text = Encoded(list(range(3, 3 + tokens)), [IGNORE] * (tokens - 1) + [2], None, None, int(image))
+    text = Encoded(list(range(3, 3 + tokens)), tokens - 1, None, None, int(image))
     return Row(text, np.full((3, 4, 4), tokens, np.uint8) if image else None, 0.5, 7 * tokens, 1)
 
 
