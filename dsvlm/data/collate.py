@@ -81,19 +81,20 @@ def collate(
     if pixels is None:
         pixels = np.stack([rows[i].image for i in with_image] or [np.zeros((3, image_size, image_size), np.uint8)])
     texts = [row.text for row in rows]
-    labels = [IGNORE if text.label is None else text.label for text in texts]
-    # One table for all: each tensor made by itself would cost as much.
-    table = [[row.key for row in rows], [row.task for row in rows], [row.head for row in rows], labels]
-    keys, task, head, label = torch.from_numpy(np.array(table, np.int64)).unbind()
-    return Batch(
-        pixels=torch.from_numpy(pixels),
-        image_row=torch.tensor(with_image or [-1]),
-        weight=torch.tensor([row.weight for row in rows], dtype=torch.float32),
-        keys=keys, task=task, label=label, head=head,
-        row=None if packed is None else torch.tensor(np.asarray(packed), dtype=torch.int64),
-        width=int(width),
-        **{name: torch.from_numpy(found) for name, found in arranged(texts, pad_id).items()},
-    )  # fmt: skip
+    made = {
+        "pixels": pixels,
+        "image_row": np.array(with_image or [-1], np.int64),
+        "weight": np.array([row.weight for row in rows], np.float32),
+        "keys": np.array([row.key for row in rows], np.int64),
+        "task": np.array([row.task for row in rows], np.int64),
+        "label": np.array([IGNORE if text.label is None else text.label for text in texts], np.int64),
+        "head": np.array([row.head for row in rows], np.int64),
+        **arranged(texts, pad_id),
+    }
+    if packed is not None:
+        made["row"] = np.array(packed, np.int64)
+    # Torch shows arrays of numpy, which makes small ones twice as fast.
+    return Batch(**{name: torch.from_numpy(array) for name, array in made.items()}, width=int(width))
 
 
 def arranged(texts: Sequence[Encoded], pad_id: int) -> dict[str, np.ndarray]:
@@ -117,7 +118,7 @@ def arranged(texts: Sequence[Encoded], pad_id: int) -> dict[str, np.ndarray]:
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[np.ndarray, np.ndarray]:
     """(int64 [rows, longest or 1], int64 [rows]): rows filled up on the right with `value`, and their lengths."""
-    sizes = np.array([len(row) for row in rows], np.int64)
-    padded = np.full((len(rows), max(1, sizes.max())), value, np.int64)
+    lengths = [len(row) for row in rows]
+    sizes, padded = np.array(lengths, np.int64), np.full((len(rows), max(1, *lengths)), value, np.int64)
     padded[np.arange(padded.shape[1]) < sizes[:, None]] = np.concatenate(rows)
     return padded, sizes
