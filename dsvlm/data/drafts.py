@@ -8,7 +8,7 @@ from dsvlm.data.encode import Encoded
 from dsvlm.data.jobs import Job
 
 
-@dataclass
+@dataclass(slots=True)
 class Draft:
     """One sample of a window with its text read; `reason` is set when it must not teach."""
 

@@ -17,7 +17,7 @@ from dsvlm.data.workers import Workers
 
 __all__ = ["Draft", "LoadedWindow", "Loader", "LoaderConfig", "Source"]
 WINDOWS_AHEAD = 2  # whose texts are read while an earlier one trains
-FETCHES, TEXTS, IMAGES = 1024, 64, 32  # items of a job, at most
+FETCHES, TEXTS, IMAGES = 1024, 128, 32  # items of a job, at most: each answer wakes the training's process
 
 
 class Loader:
@@ -189,13 +189,15 @@ class Loader:
         return images
 
     def batch(self, unit: list[Draft], images: Images, weights, packed=None, width: int = 0) -> Batch:
+        size = 3 * self.config.image_size**2
         for job in images.jobs:
             for place, reason in zip(job.places, self.pool.wait(job), strict=True):
                 draft = images.drafts[place]
-                draft.reason = draft.reason or reason
-                if reason is None and self.cache.room(images.pixels[place].nbytes):
+                if reason is not None:
+                    draft.reason = draft.reason or reason
+                elif self.cache.room(size):
                     pixels = images.pixels[place].copy(order="K")  # in their own order of bytes
-                    self.cache.put(("image", draft.task, draft.sample), pixels, pixels.nbytes)
+                    self.cache.put(("image", draft.task, draft.sample), pixels, size)
         rest = iter(images.pixels if images.drafts else ())
         rows = [
             Row(draft.text, next(rest) if draft.text.images else None, 0.0 if draft.reason else weights[draft.task],
