@@ -76,6 +76,8 @@ class Workers:
         while job.answer is None:
             start = time.monotonic()
             self.poll(tick)
+            if job.answer is not None:
+                break  # what follows costs as much as the poll
             # No more than what was waited for: this process may have been stopped too.
             quiet += min(time.monotonic() - start, 2 * tick)
             sight = (len(self.jobs), self.blocks.words.tobytes())
