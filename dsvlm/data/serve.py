@@ -35,7 +35,7 @@ def serve() -> None:
     index, queue, answers, blocks, spec = map(int, sys.argv[1:])
     with open(f"/proc/self/fd/{spec}", "rb") as file:
         reading = pickle.load(file)
-    reading.encoder.one_thread = True  # by this process's environment
+    reading.encoder.one_thread = True  # so says the environment that `workers` gives
     try:
         Server(index, socket.socket(fileno=queue), socket.socket(fileno=answers), BlockView(blocks), reading).run()
     except (BrokenPipeError, ConnectionResetError):

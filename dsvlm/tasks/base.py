@@ -41,6 +41,7 @@ class TaskType(ABC):
         return self.filled(record) if self.asked is None else self.asked
 
     def filled(self, record: dict) -> tuple[Segment, ...]:
+        """The image and the prompt with a record's values in place of its fields."""
         segments: list[Segment] = [Image()]
         for literal, name in self.parts:
             if literal:
