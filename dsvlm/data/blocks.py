@@ -9,6 +9,11 @@ import numpy as np
 HEAD = mmap.PAGESIZE  # bytes before the first block: a word for each worker
 
 
+def as_images(memory: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [N, 3, P, P] over uint8 [N * 3 * P * P], P = size; colours innermost in memory."""
+    return memory.reshape(-1, size, size, 3).transpose(0, 3, 1, 2)
+
+
 class Blocks:
     """An anonymous file cut into blocks; a block is used again when the last array that shows it is gone.
 

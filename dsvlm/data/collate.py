@@ -80,27 +80,45 @@ def collate(
     with_image = [i for i, row in enumerate(rows) if row.image is not None]
     if pixels is None:
         pixels = np.stack([rows[i].image for i in with_image] or [np.zeros((3, image_size, image_size), np.uint8)])
-    answers = [row.text.answer for row in rows if row.text.answer is not None]
-    return Batch(
-        pixels=torch.from_numpy(pixels),
-        image_row=torch.tensor(with_image or [-1]),
-        tokens=pad([row.text.tokens for row in rows], pad_id),
-        lengths=torch.tensor([len(row.text.tokens) for row in rows]),
-        targets=pad([row.text.targets for row in rows], IGNORE),
-        weight=torch.tensor([row.weight for row in rows], dtype=torch.float32),
-        keys=torch.tensor([row.key for row in rows], dtype=torch.int64),
-        task=torch.tensor([row.task for row in rows]),
-        label=torch.tensor([IGNORE if row.text.label is None else row.text.label for row in rows]),
-        head=torch.tensor([row.head for row in rows]),
-        decoder_tokens=pad(answers, pad_id) if answers else None,
-        decoder_lengths=torch.tensor([len(a) for a in answers]) if answers else None,
-        row=None if packed is None else torch.tensor(np.asarray(packed), dtype=torch.int64),
-        width=int(width),
-    )
+    texts = [row.text for row in rows]
+    made = {
+        "pixels": pixels,
+        "image_row": np.array(with_image or [-1], np.int64),
+        "weight": np.array([row.weight for row in rows], np.float32),
+        "keys": np.array([row.key for row in rows], np.int64),
+        "task": np.array([row.task for row in rows], np.int64),
+        "label": np.array([IGNORE if text.label is None else text.label for text in texts], np.int64),
+        "head": np.array([row.head for row in rows], np.int64),
+        **arranged(texts, pad_id),
+    }
+    if packed is not None:
+        made["row"] = np.array(packed, np.int64)
+    # Torch shows arrays of numpy, which makes small ones twice as fast.
+    return Batch(**{name: torch.from_numpy(array) for name, array in made.items()}, width=int(width))
 
 
-def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    padded = np.full((len(rows), max(map(len, rows))), value, np.int64)
-    for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row
-    return torch.from_numpy(padded)
+def arranged(texts: Sequence[Encoded], pad_id: int) -> dict[str, np.ndarray]:
+    """The batch's tokens, lengths and targets, and what the decoder of an encoder-decoder reads."""
+    prompts = np.array([text.prompt for text in texts], np.int64)
+    if (start := texts[0].start) is None:
+        tokens, sizes = pad([text.ids for text in texts], pad_id)
+        targets = np.full_like(tokens, IGNORE)
+        place = np.arange(1, tokens.shape[1])
+        predicted = (place >= prompts[:, None]) & (place < sizes[:, None])
+        np.copyto(targets[:, :-1], tokens[:, 1:], where=predicted)
+        return {"tokens": tokens, "lengths": sizes, "targets": targets}
+    tokens, _ = pad([text.ids[: text.prompt] for text in texts], pad_id)
+    targets, sizes = pad([text.ids[text.prompt :] for text in texts], IGNORE)
+    read = np.full_like(targets, pad_id)
+    read[:, 0] = start
+    np.copyto(read[:, 1:], targets[:, :-1], where=targets[:, 1:] != IGNORE)
+    lengths = {"lengths": prompts, "decoder_lengths": np.maximum(sizes, 1)}
+    return {"tokens": tokens, "targets": targets, "decoder_tokens": read, **lengths}
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [rows, longest or 1], int64 [rows]): rows filled up on the right with `value`, and their lengths."""
+    lengths = [len(row) for row in rows]
+    sizes, padded = np.array(lengths, np.int64), np.full((len(rows), max(1, *lengths)), value, np.int64)
+    padded[np.arange(padded.shape[1]) < sizes[:, None]] = np.concatenate(rows)
+    return padded, sizes

@@ -8,7 +8,7 @@ from dsvlm.data.encode import Encoded
 from dsvlm.data.jobs import Job
 
 
-@dataclass
+@dataclass(slots=True)
 class Draft:
     """One sample of a window with its text read; `reason` is set when it must not teach."""
 
@@ -26,12 +26,12 @@ class Images:
     """Images of a unit that were asked for.
 
     drafts: those of the unit that have one; pixels: [N, 3, P, P] uint8, colours innermost in memory, valid when all
-    jobs are done; jobs: with the places (of N) that each fills.
+    jobs are done.
     """
 
     drafts: list[Draft]
     pixels: np.ndarray | None = None
-    jobs: list[tuple[Job, list[int]]] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A sample as ids with next-token targets: the loss flags of the segments become labels here, and nowhere else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dsvlm.data.reader import BadSample
@@ -13,21 +13,38 @@ IGNORE = -100  # target of a position without loss
 class Encoded(NamedTuple):
     """One sample's text as a row.
 
-    tokens: ids the model reads (decoder: bos, prompt, target, eos; encoder-decoder: prompt, eos).
-    targets: id to predict at each position of `tokens` (decoder) or of `answer` (encoder-decoder); IGNORE = no loss.
-    answer: what the decoder of an encoder-decoder reads: its start token, then the target.
+    ids: decoder: bos, prompt, target, eos; encoder-decoder: prompt, eos, target, eos. A list, or int32 [n] when another
+    process read the sample.
+    prompt: how many of `ids` come before the first that is predicted.
+    start: what the decoder of an encoder-decoder reads first; None for a decoder.
     """
 
-    tokens: list[int]
-    targets: list[int]
-    answer: list[int] | None
+    ids: Sequence[int]
+    prompt: int
+    start: int | None
     label: int | None
     images: int
 
     @property
+    def tokens(self) -> Sequence[int]:
+        """Ids the model reads; of an encoder-decoder, its encoder."""
+        return self.ids if self.start is None else self.ids[: self.prompt]
+
+    @property
+    def answer(self) -> list[int] | None:
+        """What the decoder of an encoder-decoder reads: its start token, then the target."""
+        return None if self.start is None else [self.start, *self.ids[self.prompt : -1]]
+
+    @property
+    def targets(self) -> list[int]:
+        """Id to predict at each position of `tokens` (decoder) or of `answer` (encoder-decoder); IGNORE = no loss."""
+        target = [*self.ids[self.prompt :]]
+        return [IGNORE] * (self.prompt - 1) + target + [IGNORE] if self.start is None else target or [IGNORE]
+
+    @property
     def count(self) -> int:
         """Targets that enter the loss; a label counts as one."""
-        return len(self.targets) - self.targets.count(IGNORE) + (self.label is not None)
+        return len(self.ids) - self.prompt + (self.label is not None)
 
 
 def encode_sample(sample: Sample, codec: TextCodec, max_length: int, encoder_decoder: bool) -> Encoded:
@@ -45,16 +62,14 @@ def encode_sample(sample: Sample, codec: TextCodec, max_length: int, encoder_dec
         (target if segment.loss else prompt).extend(ids)
     if sample.label is None and not target:
         raise BadSample("nothing to predict: the target is empty")
-    target = [*target, codec.eos_id] if target else []
+    if target:
+        target.append(codec.eos_id)
     if len(prompt) + len(target) + 1 > max_length:
         raise BadSample(f"text of {len(prompt) + len(target) + 1} tokens is longer than text.max_length ({max_length})")
     if encoder_decoder:
         # T5's convention: the decoder starts with the pad token.
-        answer, targets = [codec.pad_id, *target[:-1]], target or [IGNORE]
-        return Encoded([*prompt, codec.eos_id], targets, answer, sample.label, images)
-    tokens = [codec.bos_id, *prompt, *target]
-    targets = [IGNORE] * len(prompt) + target + [IGNORE] if target else [IGNORE] * len(tokens)
-    return Encoded(tokens, targets, None, sample.label, images)
+        return Encoded([*prompt, codec.eos_id, *target], len(prompt) + 1, codec.pad_id, sample.label, images)
+    return Encoded([codec.bos_id, *prompt, *target], len(prompt) + 1, None, sample.label, images)
 
 
 def encode_record(
@@ -78,7 +93,4 @@ def encode_record(
 
 def masked_sample(codec: TextCodec, encoder_decoder: bool) -> Encoded:
     """What stands in place of a sample whose text could not be read: a row without loss."""
-    tokens = [codec.bos_id, codec.eos_id]
-    if encoder_decoder:
-        return Encoded(tokens, [IGNORE], [codec.pad_id], None, 1)
-    return Encoded(tokens, [IGNORE, IGNORE], None, None, 1)
+    return Encoded([codec.bos_id, codec.eos_id], 2, codec.pad_id if encoder_decoder else None, None, 1)

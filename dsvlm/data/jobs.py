@@ -1,10 +1,13 @@
 """What a loader asks for, and the simplest thing that answers: this process itself."""
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
+from dsvlm.data.encode import Encoded
 from dsvlm.data.reading import Reading, Text
 
 
@@ -13,7 +16,8 @@ class Job:
     """Samples to be read in one go.
 
     kind: fetch (of one task), text or image; items: (task, sample); step: of the window they belong to.
-    pixels: of image jobs, where each item's image goes ([3, P, P] uint8); starts: the same in the workers' file.
+    pixels: of image jobs, [N, 3, P, P] uint8; places: which of the N each item's image goes to; start: where `pixels`
+    begins in the workers' file.
     skip: items (by place) that are not touched any more, with the reason.
     after: of a fetch, the step at which each item is needed again.
     answer: per item: Text, or None or why the image is black; of a fetch: nothing.
@@ -22,8 +26,9 @@ class Job:
     kind: str
     items: list[tuple[int, int]]
     step: int
-    pixels: list[np.ndarray] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
+    pixels: np.ndarray | None = None
+    places: Sequence[int] = ()
+    start: int = 0
     skip: dict[int, str] = field(default_factory=dict)
     after: list[int] = field(default_factory=list)
     answer: list | Exception | None = None
@@ -49,11 +54,28 @@ def carry_out(job: Job, reading: Reading, begin: Callable[[int], None] = lambda 
             skipped = place in job.skip
             answers.append(Text(None, 0, job.skip[place]) if skipped else reading.text(task, sample))
         elif place in job.skip:
-            job.pixels[place][...] = 0
+            job.pixels[job.places[place]] = 0
             answers.append(job.skip[place])
         else:
-            answers.append(reading.image(task, sample, job.pixels[place]))
+            answers.append(reading.image(task, sample, job.pixels[job.places[place]]))
     return answers
+
+
+def pack(texts: list[Text]) -> tuple[bytes, list[tuple]]:
+    """Texts as they travel between processes: all ids as one piece of int32, and of each text the rest."""
+    ids = array("i", chain.from_iterable(text.row.ids for text in texts if text.row))
+    return ids.tobytes(), [(text.crc, text.reason, text.row and (len(text.row.ids), *text.row[1:])) for text in texts]
+
+
+def unpack(data: bytes, numbers: list[tuple]) -> list[Text]:
+    """What was packed; ids are views of one array."""
+    ids, texts, end = np.frombuffer(data, np.int32), [], 0
+    for crc, reason, row in numbers:
+        if row is not None:
+            size, *rest = row
+            row, end = Encoded(ids[end : end + size], *rest), end + size
+        texts.append(Text(row, crc, reason))
+    return texts
 
 
 class Inline:

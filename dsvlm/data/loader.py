@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dsvlm.data.blocks import as_images
 from dsvlm.data.collate import Batch, Row, collate
 from dsvlm.data.drafts import Draft, Images, LoadedWindow, Share
 from dsvlm.data.encode import masked_sample
@@ -16,7 +17,7 @@ from dsvlm.data.workers import Workers
 
 __all__ = ["Draft", "LoadedWindow", "Loader", "LoaderConfig", "Source"]
 WINDOWS_AHEAD = 2  # whose texts are read while an earlier one trains
-FETCHES, TEXTS, IMAGES = 1024, 32, 32  # items of a job, at most
+FETCHES, TEXTS, IMAGES = 1024, 128, 32  # items of a job, at most: each answer wakes the training's process
 
 
 class Loader:
@@ -135,15 +136,15 @@ class Loader:
         for job in share.texts:
             found |= zip(job.items, self.pool.wait(job), strict=True)
         for pair, text in found.items() if self.cache.limit else ():
-            self.cache.put(("text", *pair), text, 64 + 16 * len(text.row.tokens if text.row else ()))
-        drafts, counts = [], np.zeros(len(self.sources), np.int64)
+            self.cache.put(("text", *pair), text, 64 + 16 * len(text.row.ids if text.row else ()))
+        drafts, counts = [], [0] * len(self.sources)
         for task, epoch, sample, ordinal in share.numbers:
             text = found.get((task, sample)) or self.cache.items["text", task, sample]
             drafts.append(Draft(task, epoch, sample, ordinal, text.crc, text.row or self.masked, text.reason))
-            counts[task] += text.count
+            counts[task] += text.row.count if text.row else 0
         rest = iter(drafts)
         units = [[next(rest) for _ in range(size)] for size in share.sizes]
-        share.loaded = LoadedWindow(share.step, units, counts, share.shapes)
+        share.loaded = LoadedWindow(share.step, units, np.array(counts, np.int64), share.shapes)
         return share.loaded
 
     # -- images --
@@ -172,7 +173,7 @@ class Loader:
             return Images(drafts)
         size = self.config.image_size
         start, memory = self.pool.take(len(drafts) * 3 * size * size)
-        images = Images(drafts, memory.reshape(len(drafts), size, size, 3).transpose(0, 3, 1, 2))
+        images = Images(drafts, as_images(memory, size))
         missing = []
         for place, draft in enumerate(drafts):
             known = self.cache.items.get(("image", draft.task, draft.sample))
@@ -182,21 +183,21 @@ class Loader:
                 images.pixels[place] = known
         for first in range(0, len(missing), IMAGES):
             places = missing[first : first + IMAGES]
-            job = Job("image", [(drafts[place].task, drafts[place].sample) for place in places], step)
-            job.pixels = [images.pixels[place] for place in places]
-            job.starts = [start + place * 3 * size * size for place in places]
-            self.pool.submit(job)
-            images.jobs.append((job, places))
+            items = [(drafts[place].task, drafts[place].sample) for place in places]
+            images.jobs.append(Job("image", items, step, images.pixels, places, start))
+        self.submit(images.jobs)
         return images
 
     def batch(self, unit: list[Draft], images: Images, weights, packed=None, width: int = 0) -> Batch:
-        for job, places in images.jobs:
-            for place, reason in zip(places, self.pool.wait(job), strict=True):
+        size = 3 * self.config.image_size**2
+        for job in images.jobs:
+            for place, reason in zip(job.places, self.pool.wait(job), strict=True):
                 draft = images.drafts[place]
-                draft.reason = draft.reason or reason
-                if reason is None and self.cache.room(images.pixels[place].nbytes):
+                if reason is not None:
+                    draft.reason = draft.reason or reason
+                elif self.cache.room(size):
                     pixels = images.pixels[place].copy(order="K")  # in their own order of bytes
-                    self.cache.put(("image", draft.task, draft.sample), pixels, pixels.nbytes)
+                    self.cache.put(("image", draft.task, draft.sample), pixels, size)
         rest = iter(images.pixels if images.drafts else ())
         rows = [
             Row(draft.text, next(rest) if draft.text.images else None, 0.0 if draft.reason else weights[draft.task],

@@ -48,12 +48,11 @@ class LoaderConfig:
 
 
 class Text(NamedTuple):
-    """A sample's text as read; `row` is None, and `reason` says why, when it must not teach. `count`: its targets."""
+    """A sample's text as read; `row` is None, and `reason` says why, when it must not teach."""
 
     row: Encoded | None
     crc: int
     reason: str | None = None
-    count: int = 0
 
 
 class Reading:
@@ -83,7 +82,7 @@ class Reading:
             )  # fmt: skip
         except BadSample as error:
             return Text(None, crc, error.reason)
-        return Text(row, crc, count=row.count)
+        return Text(row, crc)
 
     def image(self, task: int, sample: int, pixels: np.ndarray) -> str | None:
         """Writes the sample's image into `pixels` [3, P, P]; black, and the reason returned, when it cannot be had."""

@@ -1,12 +1,12 @@
 """A sample: an ordered list of segments, each with a loss flag (design, section 2)."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of the image's width and height
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     text: str
     loss: bool = False
 
@@ -27,8 +27,7 @@ class Image:
 Segment = Text | Boxes | Image
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """What a task makes of one record.
 
     segments: prompt and target in reading order; the target's segments carry `loss`.

@@ -13,8 +13,10 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from dsvlm.data.blocks import HEAD, BlockView
-from dsvlm.data.jobs import Job, carry_out
+import numpy as np
+
+from dsvlm.data.blocks import HEAD, BlockView, as_images
+from dsvlm.data.jobs import Job, carry_out, pack
 from dsvlm.data.reading import Reading
 
 STARTING, IDLE = -1, 0  # words of a worker; others are the number of a job and the place of an item in it
@@ -33,6 +35,7 @@ def serve() -> None:
     index, queue, answers, blocks, spec = map(int, sys.argv[1:])
     with open(f"/proc/self/fd/{spec}", "rb") as file:
         reading = pickle.load(file)
+    reading.encoder.one_thread = True  # so says the environment that `workers` gives
     try:
         Server(index, socket.socket(fileno=queue), socket.socket(fileno=answers), BlockView(blocks), reading).run()
     except (BrokenPipeError, ConnectionResetError):
@@ -53,27 +56,31 @@ class Server:
         threading.Thread(target=self.beat, daemon=True).start()
         self.view.words[self.index] = IDLE
         while message := self.queue.recv(2**20):
-            number, kind, items, step, starts, skip, after = pickle.loads(message)
-            job = Job(kind, items, step, [self.picture(start) for start in starts], skip=skip, after=after)
+            number, kind, items, step, start, places, skip, after = pickle.loads(message)
+            job = Job(kind, items, step, places=places, skip=skip, after=after)
             if kind == "fetch":
                 self.fetching.add(number)
                 self.fetches.submit(self.fetch, number, job)
                 continue
-            self.answer(number, outcome(job, self.reading, lambda place, first=number * PLACES: self.at(first + place)))
+            if kind == "image":
+                job.pixels = self.pixels(start, max(places) + 1)
+            found = outcome(job, self.reading, lambda place, first=number * PLACES: self.at(first + place))
+            self.answer(number, pack(found) if kind == "text" and isinstance(found, list) else found)
             self.at(IDLE)
 
     def at(self, word: int) -> None:
         self.view.words[self.index] = word
 
-    def picture(self, start: int):
+    def pixels(self, start: int, count: int) -> np.ndarray:
+        """[count, 3, P, P], the images of the file from `start`."""
         size = self.reading.config.image_size
-        return self.view.show(start, 3 * size * size).reshape(size, size, 3).transpose(2, 0, 1)
+        return as_images(self.view.show(start, count * 3 * size * size), size)
 
     def fetch(self, number: int, job: Job) -> None:
         self.answer(number, outcome(job, self.reading))
         self.fetching.discard(number)
 
-    def answer(self, number: int, found: list | Exception) -> None:
+    def answer(self, number: int, found: list | tuple | Exception) -> None:
         data = pickle.dumps((number, found), pickle.HIGHEST_PROTOCOL)
         with self.lock:
             self.answers.sendall(LENGTH.pack(len(data)) + data)

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from dsvlm.data.blocks import Blocks
-from dsvlm.data.jobs import Job
+from dsvlm.data.jobs import Job, unpack
 from dsvlm.data.reading import Reading
 from dsvlm.data.serve import IDLE, LENGTH, MOST, PLACES, STARTING
 
@@ -76,6 +76,8 @@ class Workers:
         while job.answer is None:
             start = time.monotonic()
             self.poll(tick)
+            if job.answer is not None:
+                break  # what follows costs as much as the poll
             # No more than what was waited for: this process may have been stopped too.
             quiet += min(time.monotonic() - start, 2 * tick)
             sight = (len(self.jobs), self.blocks.words.tobytes())
@@ -164,8 +166,8 @@ class Workers:
         self.send()
         return None
 
-    def deliver(self, number: int, answer: list | Exception) -> None:
-        self.jobs.pop(number).answer = answer
+    def deliver(self, number: int, answer: list | tuple | Exception) -> None:
+        self.jobs.pop(number).answer = unpack(*answer) if isinstance(answer, tuple) else answer
         self.restarts = 0
 
     def send(self) -> None:
@@ -174,7 +176,8 @@ class Workers:
             job = self.jobs[number]
             skip = self.skip(job) if self.deadly else {}
             try:
-                self.queue.send(pickle.dumps((number, job.kind, job.items, job.step, job.starts, skip, job.after)))
+                sent = (number, job.kind, job.items, job.step, job.start, job.places, skip, job.after)
+                self.queue.send(pickle.dumps(sent))
             except OSError as error:
                 assert error.errno != errno.EMSGSIZE, "jobs are small messages"
                 return  # full, so they have enough to do; or nobody is left, which `receive` will see

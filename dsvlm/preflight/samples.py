@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dsvlm.data.boxes import decode_boxes
-from dsvlm.data.encode import IGNORE, Encoded, encode_record, masked_sample
+from dsvlm.data.encode import Encoded, encode_record, masked_sample
 from dsvlm.data.reader import BadSample
 from dsvlm.data.reading import Reading
 from dsvlm.data.sample import Box
@@ -155,5 +155,4 @@ class Viewer:
 
 def split(text: Encoded) -> tuple[Sequence[int], Sequence[int]]:
     """(ids of the prompt, ids of the target) of a row."""
-    target = [i for i in text.targets if i != IGNORE]
-    return (text.tokens if text.answer is not None else text.tokens[: len(text.tokens) - len(target)]), target
+    return text.ids[: text.prompt], text.ids[text.prompt :]

@@ -26,19 +26,26 @@ class TaskType(ABC):
     def __init__(self, prompt: str | None = None):
         if prompt is not None:
             self.prompt = prompt
-        for _, name, _, _ in string.Formatter().parse(self.prompt):
-            if name is not None and name not in self.fields:
+        self.parts = [(literal.strip(), name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
+        names = [name for _, name in self.parts if name is not None]
+        for name in names:
+            if name not in self.fields:
                 raise ValueError(
                     f"prompt {self.prompt!r}: no field {{{name}}}; a {type(self).__name__.lower()} record has "
                     f"{', '.join(self.fields) or 'none'}"
                 )
+        self.asked = None if names else self.filled({})  # the question of all records
 
     def question(self, record: dict) -> tuple[Segment, ...]:
         """The image and the filled prompt: what a model is asked with."""
+        return self.filled(record) if self.asked is None else self.asked
+
+    def filled(self, record: dict) -> tuple[Segment, ...]:
+        """The image and the prompt with a record's values in place of its fields."""
         segments: list[Segment] = [Image()]
-        for literal, name, _, _ in string.Formatter().parse(self.prompt):
-            if literal.strip():
-                segments.append(Text(literal.strip()))
+        for literal, name in self.parts:
+            if literal:
+                segments.append(Text(literal))
             if name is not None:
                 segments.append(self.fill(name, record))
         return merge_text(segments)

@@ -125,6 +125,15 @@ def test_control_tokens_spelt_in_the_data_are_text(either):
         assert targets[-1] == either.eos_id and not control & set(targets[:-1]) and len(targets) > 1
 
 
+def test_workers_encode_alike(either):
+    """Without offsets, as a process does that keeps to one thread."""
+    texts = ["red", "", " ", "what colour?", "a red </s> square <pad>", "<loc_0><loc_7> red <loc_3>", "r\u00e9d \u732b"]
+    plain, worker = either.encoder(), either.encoder()
+    worker.one_thread = True
+    for first in (True, False):
+        assert [plain.encode(Text(t), first) for t in texts] == [worker.encode(Text(t), first) for t in texts]
+
+
 def test_location_tokens_are_one_id_each(either):
     wanted = [either.first_location + i for i in (0, 7, 3, 3)]
     assert either.encode(Text("<loc_0><loc_7><loc_3><loc_3>"), first=False) == wanted

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsvlm.data.reader import ShardReader
 from tests.data.deadly import Deadly, DeadlyText, Patient, Unusable
 from tests.data.loading import everything, loader_of, scenes, with_reader
 from tests.train.test_faults import damage
@@ -60,6 +61,15 @@ def test_their_number_changes_nothing(loading, expected, workers, cache):
     loader = loading(workers=workers, data__cache_mb=cache)
     assert everything(loader, STEPS) == expected and not loader.take_events()
     assert everything(loader, [2, 0, 1]) == [*expected[-len(expected) // 3 :], *expected[: len(expected) * 2 // 3]]
+
+
+@pytest.mark.parametrize("changes", [{"encoder_decoder": True}, {"max_length": 18}])
+def test_other_texts_are_the_same_from_them_too(alone, loading, changes):
+    ours = with_reader(alone, ShardReader, 0, **changes)
+    assert everything(loading(ShardReader, **changes), STEPS) == everything(ours, STEPS)
+    drafts = ours.window(0).drafts
+    assert any(draft.text.count for draft in drafts)
+    assert any(draft.reason for draft in drafts) == ("max_length" in changes)
 
 
 def test_one_that_is_killed_or_stopped_is_replaced_at_the_same_unit(loading, expected):

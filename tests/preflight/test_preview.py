@@ -210,7 +210,7 @@ def test_padding_of_packed_rows():
 
 
 def test_encoder_decoder(codec):
-    text = Encoded([7, 8, codec.eos_id], [9, codec.eos_id], [codec.pad_id, 9], None, 1)
+    text = Encoded([7, 8, codec.eos_id, 9, codec.eos_id], 3, codec.pad_id, None, 1)
     read, written = text_pieces(text, codec)
     assert [piece.id for piece in read] == [7, 8, codec.eos_id] and not any(piece.learnt for piece in read)
     assert [piece.id for piece in written] == [9, codec.eos_id] and all(piece.learnt for piece in written)
