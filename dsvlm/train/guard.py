@@ -69,7 +69,7 @@ class Guard:
         return self.together(*((function, *arguments) if dist.get_rank() == 0 else (lambda: None,)))
 
     def enter_window(self, record: dict, counts: np.ndarray, stop: bool, error: str | None) -> tuple[np.ndarray, bool]:
-        """The check before a window: equal records (digest, step), and the sums that normalise it.
+        """The check before a window: equal records (its mark, step), and the sums that normalise it.
 
         counts: [tasks] int64 of this rank; error: why this rank cannot go on, or None.
         Returns the counts' sum over ranks and whether any rank wants to stop; raises ValueError on all ranks when they
