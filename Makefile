@@ -24,8 +24,8 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
-test: venv  ## run the whole test suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: venv  ## run the whole test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: venv  ## check the code with ruff
 	$(BIN)/ruff check .

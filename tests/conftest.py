@@ -40,6 +40,14 @@ TOLD = (
 )  # fmt: skip
 
 
+def pytest_collection_modifyitems(config, items):
+    """What one process runs where `pytest -n` has several: a file, or a folder whose tests share what is dear."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            shared = item.path.parent.name in ("dist", "ops")
+            item.add_marker(pytest.mark.xdist_group(str(item.path.parent if shared else item.path)))
+
+
 class TinyRuns:
     """Starts the tiny recipe on two CPU ranks and reads what it wrote."""
 
