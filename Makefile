@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 test: venv  ## run the whole test suite, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: venv  ## check the code with ruff
 	$(BIN)/ruff check .
