@@ -121,8 +121,9 @@ class Loader:
     def ask_texts(self, share: Share) -> None:
         wanted = dict.fromkeys((task, sample) for task, _, sample, _ in share.numbers)
         wanted = [pair for pair in wanted if ("text", *pair) not in self.cache.items]
-        pieces = range(0, len(wanted), TEXTS)
-        share.texts = self.submit([Job("text", wanted[first : first + TEXTS], share.step) for first in pieces])
+        size = min(TEXTS, max(1, -(-len(wanted) // max(1, self.config.workers))))
+        pieces = range(0, len(wanted), size)
+        share.texts = self.submit([Job("text", wanted[first : first + size], share.step) for first in pieces])
 
     def finish(self, share: Share) -> LoadedWindow:
         """The window with all its texts; waits for them."""
@@ -136,7 +137,7 @@ class Loader:
         for job in share.texts:
             found |= zip(job.items, self.pool.wait(job), strict=True)
         for pair, text in found.items() if self.cache.limit else ():
-            self.cache.put(("text", *pair), text, 64 + 16 * len(text.row.ids if text.row else ()))
+            self.keep(pair, text)
         drafts, counts = [], [0] * len(self.sources)
         for task, epoch, sample, ordinal in share.numbers:
             text = found.get((task, sample)) or self.cache.items["text", task, sample]
@@ -146,6 +147,13 @@ class Loader:
         units = [[next(rest) for _ in range(size)] for size in share.sizes]
         share.loaded = LoadedWindow(share.step, units, np.array(counts, np.int64), share.shapes)
         return share.loaded
+
+    def keep(self, pair: tuple[int, int], text: Text) -> None:
+        size = 64 + 16 * len(text.row.ids if text.row else ())
+        if self.cache.room(size):
+            # Ids of its own: those of a worker are part of its whole answer, which would stay with them.
+            row = text.row and text.row._replace(ids=text.row.ids.copy())
+            self.cache.put(("text", *pair), text._replace(row=row), size)
 
     # -- images --
 

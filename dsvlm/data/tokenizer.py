@@ -38,16 +38,22 @@ class Encoder:
         # like any other, and find it all the same: it is left out.
         ids = self.known.get(text)
         if ids is None:
-            self.backend.encode_special_tokens = True
-            if self.one_thread:  # without offsets, which nobody wants: faster by a quarter, but only batches can
-                ids = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-            else:
-                ids = self.backend.encode(text, add_special_tokens=False).ids
+            ids = self.ids_of(text)
             if not self.control.isdisjoint(ids):
                 ids = [i for i in ids if i not in self.control]
             if len(self.known) < KNOWN and len(text) <= 100:
                 self.known[text] = ids
         return ids
+
+    def ids_of(self, text: str) -> list[int]:
+        """Ids as the backend gives them; TypeError, in the same words in every process, for what is no text."""
+        self.backend.encode_special_tokens = True
+        try:
+            if self.one_thread:  # without offsets, which nobody wants: faster by a quarter, but only batches can
+                return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise TypeError(f"{text!r:.80} is no text in Unicode") from None
 
 
 class TextCodec(Encoder):

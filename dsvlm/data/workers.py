@@ -221,4 +221,5 @@ class Workers:
         self.deaths[job.kind, task, sample] += 1
         if self.deaths[job.kind, task, sample] >= DEATHS:
             self.deadly[job.kind, task, sample] = f"reading it ends workers: {cause}"
+            self.restarts = 0  # its job gets further now: there may be others in it
         return self.reading.where(task, sample)

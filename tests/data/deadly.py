@@ -30,6 +30,15 @@ class DeadlyText(Deadly):
         return super().record(sample)
 
 
+class DeadlyTexts(Deadly):
+    """A reader that ends its process at every record."""
+
+    image = ShardReader.image
+
+    def record(self, sample):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Unusable(Deadly):
     """A reader that cannot even be made."""
 

@@ -132,6 +132,9 @@ def test_workers_encode_alike(either):
     worker.one_thread = True
     for first in (True, False):
         assert [plain.encode(Text(t), first) for t in texts] == [worker.encode(Text(t), first) for t in texts]
+    for encoder in (plain, worker):
+        with pytest.raises(TypeError, match="no text in Unicode"):
+            encoder.encode(Text("half of a pair: \ud83d"), first=True)
 
 
 def test_location_tokens_are_one_id_each(either):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsvlm.data.reader import ShardReader
-from tests.data.deadly import Deadly, DeadlyText, Patient, Unusable
+from tests.data.deadly import Deadly, DeadlyText, DeadlyTexts, Patient, Unusable
 from tests.data.loading import everything, loader_of, scenes, with_reader
 from tests.train.test_faults import damage
 
@@ -120,6 +120,22 @@ def test_a_sample_that_ends_workers_is_masked_in_place(loading, expected, kind, 
     assert [line for line in journal if line["where"] != where] == [line for line in known if line["where"] != where]
     changed = [a != b for a, b in zip(found, expected, strict=True) if isinstance(a, str)]
     assert 0 < sum(changed) <= 2 and len(new) == 2  # three windows are a little less than two epochs
+
+
+def test_any_number_of_them_in_one_job_is_masked(loading):
+    """Without an answer in between, for the only job there is ends with the last of them."""
+    loader = loading(DeadlyTexts, workers=1)
+    window = loader.window(0)
+    deadly = [draft for draft in window.drafts if draft.task == 0]
+    assert len({draft.sample for draft in deadly}) > 1
+    assert [draft for draft in window.drafts if "ends workers" in (draft.reason or "")] == deadly
+
+
+def test_a_cached_text_keeps_nothing_of_the_others(loading):
+    loader = loading(workers=1, data__cache_mb=1)
+    loader.window(0)
+    texts = [text for (kind, *_), text in loader.cache.items.items() if kind == "text" and text.row]
+    assert texts and all(text.row.ids.base is None for text in texts)
 
 
 def test_waiting_for_a_store_is_no_hang_and_holds_up_nothing_else(loading, expected):

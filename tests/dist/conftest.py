@@ -38,7 +38,7 @@ def pools():
     started: dict[int, Pool] = {}
 
     def pool(world_size: int) -> Pool:
-        if world_size not in started:
+        if world_size not in started or not started[world_size].processes:
             started[world_size] = Pool(world_size)
         return started[world_size]
 

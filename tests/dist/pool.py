@@ -8,6 +8,7 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from queue import Empty
 
 import torch.multiprocessing as mp
 
@@ -39,8 +40,14 @@ class Pool:
         """
         for queue in self.inputs:
             queue.put((case, arguments))
-        answers = dict(self.results.get(timeout=TIMEOUT) for _ in self.processes)
+        try:
+            answers = dict(self.results.get(timeout=TIMEOUT) for _ in self.processes)
+        except Empty:
+            self.close()
+            raise AssertionError(f"a rank gave no answer in {TIMEOUT} s; its stack stands above") from None
         failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        if failed:
+            self.close()  # the others may be out of step with them
         assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in sorted(failed.items()))
         return [answers[rank][1] for rank in range(len(self.processes))]
 
@@ -51,6 +58,7 @@ class Pool:
             process.join(10)
             if process.is_alive():
                 process.kill()
+        self.processes = []
 
 
 def work(rank: int, world_size: int, port: int, inputs, results) -> None:
