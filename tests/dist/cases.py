@@ -17,7 +17,6 @@ from dsvlm.train.guard import Guard
 from dsvlm.train.loop import create_optimizer_state
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.window import WindowSums, accumulate, target_weights, teaching
-from tests.dist.runs import error_from_bad_weights, train_until, warnings_of  # noqa: F401  more cases, for the pool
 
 
 class Tiny:

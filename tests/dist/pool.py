@@ -34,7 +34,7 @@ class Pool:
             process.start()
 
     def run(self, case: str, **arguments) -> list:
-        """Calls `tests.dist.cases.CASE(**arguments)` on every rank; the results in order of rank.
+        """Calls CASE(**arguments), of `cases` or `runs`, on every rank; the results in order of rank.
 
         Raises AssertionError with the tracebacks of the ranks that failed.
         """
@@ -75,12 +75,12 @@ def work(rank: int, world_size: int, port: int, inputs, results) -> None:
     guard.Nodes = kept(guard.Nodes)
     torch.set_num_threads(1)
     init_distributed(find_ranks(os.environ), 60)
-    cases = importlib.import_module("tests.dist.cases")
+    cases = {**vars(importlib.import_module("tests.dist.cases")), **vars(importlib.import_module("tests.dist.runs"))}
     while (message := inputs.get()) is not None:
         case, arguments = message
         faulthandler.dump_traceback_later(TIMEOUT - 10)
         try:
-            answer = (True, getattr(cases, case)(**arguments))
+            answer = (True, cases[case](**arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
         faulthandler.cancel_dump_traceback_later()
