@@ -74,27 +74,40 @@ def collate(
     array, which the batch then shows without a copy.
     """
     assert rows, "a batch needs a row; the loader sends a masked one for a filler unit"
-    if packed is not None:
-        steps = np.diff(np.asarray(packed, np.int64), prepend=-1)
-        assert len(steps) == len(rows) and steps[0] == 1 and np.isin(steps, (0, 1)).all(), f"packed rows {packed}"
     with_image = [i for i, row in enumerate(rows) if row.image is not None]
     if pixels is None:
         pixels = np.stack([rows[i].image for i in with_image] or [np.zeros((3, image_size, image_size), np.uint8)])
-    texts = [row.text for row in rows]
+    texts, _, weights, keys, tasks, heads = zip(*rows, strict=True)
+    made = arrange(texts, with_image, keys, tasks, heads, pad_id, packed)
+    return complete(made, pixels, weights, width)
+
+
+def arrange(
+    texts: Sequence[Encoded], with_image: Sequence[int], keys: Sequence[int], tasks: Sequence[int],
+    heads: Sequence[int], pad_id: int, packed: Sequence[int] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The fields of a batch that do not wait for its images. with_image: the samples that have one, ascending."""
+    if packed is not None:
+        steps = np.diff(np.asarray(packed, np.int64), prepend=-1)
+        assert len(steps) == len(texts) and steps[0] == 1 and np.isin(steps, (0, 1)).all(), f"packed rows {packed}"
     made = {
-        "pixels": pixels,
         "image_row": np.array(with_image or [-1], np.int64),
-        "weight": np.array([row.weight for row in rows], np.float32),
-        "keys": np.array([row.key for row in rows], np.int64),
-        "task": np.array([row.task for row in rows], np.int64),
+        "keys": np.array(keys, np.int64),
+        "task": np.array(tasks, np.int64),
         "label": np.array([IGNORE if text.label is None else text.label for text in texts], np.int64),
-        "head": np.array([row.head for row in rows], np.int64),
+        "head": np.array(heads, np.int64),
         **arranged(texts, pad_id),
     }
     if packed is not None:
         made["row"] = np.array(packed, np.int64)
     # Torch shows arrays of numpy, which makes small ones twice as fast.
-    return Batch(**{name: torch.from_numpy(array) for name, array in made.items()}, width=int(width))
+    return {name: torch.from_numpy(array) for name, array in made.items()}
+
+
+def complete(made: dict[str, Tensor], pixels: np.ndarray, weights: Sequence[float], width: int) -> Batch:
+    """A batch of what was arranged and what its images decide; weights: of each sample."""
+    weight = torch.from_numpy(np.array(weights, np.float32))
+    return Batch(pixels=torch.from_numpy(pixels), weight=weight, width=int(width), **made)
 
 
 def arranged(texts: Sequence[Encoded], pad_id: int) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dsvlm.data.blocks import as_images
-from dsvlm.data.collate import Batch, Row, collate
+from dsvlm.data.collate import Batch, arrange, complete
 from dsvlm.data.drafts import Draft, Images, LoadedWindow, Share
 from dsvlm.data.encode import masked_sample
 from dsvlm.data.jobs import Inline, Job
@@ -17,6 +17,7 @@ from dsvlm.data.workers import Workers
 
 __all__ = ["Draft", "LoadedWindow", "Loader", "LoaderConfig", "Source"]
 WINDOWS_AHEAD = 2  # whose texts are read while an earlier one trains
+UNITS = 8  # whose texts are arranged in one go: code and data that images have driven from the caches are slow at first
 FETCHES, TEXTS, IMAGES = 1024, 128, 32  # items of a job, at most: each answer wakes the training's process
 
 
@@ -61,7 +62,10 @@ class Loader:
             window.asked += [None] * (index + 1 - len(window.asked))
             images = window.asked[index] or self.ask_images(unit, window.step)
             window.asked[index] = None
-            yield self.batch(unit, images, weights, *window.shape(index))
+            if index % UNITS == 0:
+                near = range(index, min(index + UNITS, len(window.units)))
+                made = [self.arrange(window.units[each], window.shape(each)[0]) for each in near]
+            yield self.batch(unit, images, weights, made[index % UNITS], window.shape(index)[1])
 
     def forget(self) -> None:
         """Drops what was read ahead: the plan has changed, or another step is wanted."""
@@ -196,26 +200,30 @@ class Loader:
         self.submit(images.jobs)
         return images
 
-    def batch(self, unit: list[Draft], images: Images, weights, packed=None, width: int = 0) -> Batch:
-        size = 3 * self.config.image_size**2
+    def arrange(self, unit: list[Draft], packed: Sequence[int] | None) -> dict:
+        """What a unit's batch holds beside images and weights; of a unit without samples, a masked one."""
+        if not unit:
+            return arrange([self.masked], [], [0], [0], [-1], self.codec.pad_id)
+        with_image = [place for place, draft in enumerate(unit) if draft.text.images]
+        tasks = [draft.task for draft in unit]
+        heads = [self.sources[task].head for task in tasks]
+        texts, keys = [draft.text for draft in unit], [self.key(draft) for draft in unit]
+        return arrange(texts, with_image, keys, tasks, heads, self.codec.pad_id, packed)
+
+    def batch(self, unit: list[Draft], images: Images, weights: Sequence[float], made: dict, width: int) -> Batch:
+        size = self.config.image_size
         for job in images.jobs:
             for place, reason in zip(job.places, self.pool.wait(job), strict=True):
-                draft = images.drafts[place]
                 if reason is not None:
+                    draft = images.drafts[place]
                     draft.reason = draft.reason or reason
-                elif self.cache.room(size):
+                elif self.cache.room(3 * size**2):
+                    draft = images.drafts[place]
                     pixels = images.pixels[place].copy(order="K")  # in their own order of bytes
-                    self.cache.put(("image", draft.task, draft.sample), pixels, size)
-        rest = iter(images.pixels if images.drafts else ())
-        rows = [
-            Row(draft.text, next(rest) if draft.text.images else None, 0.0 if draft.reason else weights[draft.task],
-                self.key(draft), draft.task, self.sources[draft.task].head)
-            for draft in unit
-        ]  # fmt: skip
-        if not rows:
-            rows, packed, width = [Row(self.masked, None, 0.0, 0, 0)], None, 0
-        sizes = {"image_size": self.config.image_size, "pad_id": self.codec.pad_id}
-        return collate(rows, **sizes, width=width, packed=packed, pixels=images.pixels)
+                    self.cache.put(("image", draft.task, draft.sample), pixels, 3 * size**2)
+        pixels = np.zeros((1, 3, size, size), np.uint8) if images.pixels is None else images.pixels
+        own = [0.0 if draft.reason else weights[draft.task] for draft in unit] or [0.0]
+        return complete(made, pixels, own, width if unit else 0)
 
     def key(self, draft: Draft) -> int:
         """What the sample's dropout is keyed by: seed, task and place in the task's stream; never rank or unit."""
