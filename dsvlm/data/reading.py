@@ -86,20 +86,36 @@ class Reading:
 
     def image(self, task: int, sample: int, pixels: np.ndarray) -> str | None:
         """Writes the sample's image into `pixels` [3, P, P]; black, and the reason returned, when it cannot be had."""
+        return self.decoded(self.encoded(task, sample), pixels)
+
+    def encoded(self, task: int, sample: int) -> bytes | str:
+        """The sample's encoded image, or why it cannot be had."""
         try:
             data = self.sources[task].reader.image(sample)
-            if data is None:
-                raise BadSample("it has no image")
+        except (OSError, ValueError) as error:
+            return reason_of(error)
+        return "it has no image" if data is None else data
+
+    def decoded(self, data: bytes | str, pixels: np.ndarray) -> str | None:
+        """Writes what `encoded` gave into `pixels` [3, P, P]; black, and the reason returned, when it is none."""
+        if isinstance(data, str):
+            pixels[...] = 0
+            return data
+        try:
             found = self.decode(data, pixels)
             if found is not pixels:
                 pixels[...] = found
         except (OSError, ValueError) as error:
             # Nothing but a masked row will do here: the other ranks are in the middle of the window.
             pixels[...] = 0
-            return error.reason if isinstance(error, BadSample) else str(error)
+            return reason_of(error)
         return None
 
     def where(self, task: int, sample: int) -> str:
         """`task caption, shard-000003.tar:KEY`, for messages."""
         source = self.sources[task]
         return f"task {source.name}, {source.reader.where(sample)}"
+
+
+def reason_of(error: Exception) -> str:
+    return error.reason if isinstance(error, BadSample) else str(error)
