@@ -15,11 +15,11 @@ struct Group {
   static constexpr Real infinity = __builtin_huge_val();
 
   const moe::Router& r;
-  int64_t first;  // token of lane 0
-  int count;      // lanes that hold a token
-  I live;         // -1 = a valid token, 0 = not
+  const int64_t first;  // token of lane 0
+  const int count;      // lanes that hold a token
+  bool uniform;         // there is nothing to know of valid and modality: all are live, and of kind 0
+  I live;               // -1 = a valid token, 0 = not
   int64_t kind[lanes];  // modality
-  bool uniform;         // nothing is known of valid and modality: all are live, and of one kind
 
   Group(const moe::Router& r, int64_t first, int64_t end)
       : r(r), first(first), count(static_cast<int>(end - first < lanes ? end - first : lanes)) {
@@ -77,33 +77,31 @@ struct Group {
   template <class T>
   Rows read(const T* matrix, V* memory) const {
     const int64_t width = width_of(r), stride = width * lanes;
-    const T* const from = matrix + first * r.experts;
     if constexpr (std::is_same_v<T, Real>)
-      if (r.experts == stride && count == lanes) return {from, stride};
-    const T* const end = matrix + r.tokens * r.experts;
+      if (r.experts == stride && count == lanes) return {matrix + first * r.experts, stride};
     for (int lane = 0; lane < lanes; ++lane)
-      for (int64_t v = 0; v < width; ++v)
-        memory[lane * width + v] = part(from + (lane < count ? lane : 0) * r.experts + v * lanes, r.experts - v * lanes, end);
+      for (int64_t v = 0; v < width; ++v) memory[lane * width + v] = part(matrix, lane, v);
     return {reinterpret_cast<const Real*>(memory), stride};
   }
 
   // Rows and a matrix [N, E] added.
   Rows sum(const Rows& rows, const Real* matrix, V* memory) const {
-    const int64_t width = width_of(r), stride = width * lanes;
-    const Real *const from = matrix + first * r.experts, *const end = matrix + r.tokens * r.experts;
+    const int64_t width = width_of(r);
     for (int lane = 0; lane < lanes; ++lane)
       for (int64_t v = 0; v < width; ++v)
-        memory[lane * width + v] = load(rows[lane] + v * lanes) +
-                                   part(from + (lane < count ? lane : 0) * r.experts + v * lanes, r.experts - v * lanes, end);
-    return {reinterpret_cast<const Real*>(memory), stride};
+        memory[lane * width + v] = load(rows[lane] + v * lanes) + part(matrix, lane, v);
+    return {reinterpret_cast<const Real*>(memory), width * lanes};
   }
 
-  // n elements, of which a vector takes some, and -inf behind them. What follows may be read, but not beyond the end.
+  // Vector v of a token's row of a matrix [N, E], -inf behind its end. Some of the next rows may be read for that, but
+  // nothing behind the last one.
   template <class T>
-  static V part(const T* from, int64_t n, const T* end) {
+  V part(const T* matrix, int lane, int64_t v) const {
+    const T* from = matrix + (first + (lane < count ? lane : 0)) * r.experts + v * lanes;
+    const int64_t n = r.experts - v * lanes;
     if (n >= lanes) return load(from);
     T some[lanes] = {};
-    if (from + lanes > end) {
+    if (from + lanes > matrix + r.tokens * r.experts) {
       for (int64_t i = 0; i < n; ++i) some[i] = from[i];
       from = some;
     }
@@ -111,7 +109,7 @@ struct Group {
     return numbers(0) < all<I>(n) ? x : all<V>(-infinity);
   }
 
-  // Vector v of a row of a matrix [N, E], in the order of tokens: what is written behind a row is overwritten by the next
+  // Writes vector v of a row of a matrix [N, E], in the order of tokens: what is written behind a row is overwritten by the next
   // one. Nothing is written at `end` or behind it.
   template <class T>
   void write(T* row, int64_t v, V x, const T* end) const {
