@@ -24,6 +24,7 @@ from dsvlm.ops import moe_combine, moe_permute, moe_route
 CASES = (Case("E = 32, top-1", 16384, 768, 32), Case("E = 8, top-1", 16384, 768, 8),
          Case("E = 64, top-1", 16384, 768, 64), Case("E = 32, top-2", 16384, 768, 32, 2))  # fmt: skip
 SMALL = (Case("small", 512, 16, 8), Case("small, top-2", 512, 16, 8, 2))
+TURN_MS = 40.0  # of each contestant, as many calls as fit: nobody's caches are colder than another one's for longer
 ONE_SORT = "eager BPR, by one sort"
 GOALS = {peers.DEEPSPEED: 20.0, peers.SORTED: 3.0}
 GOAL_CASE = CASES[0].name
@@ -63,17 +64,18 @@ def gating_rows(case: Case, repeats: int) -> list[Row]:
     """Times of each contestant, which must keep whom ours keeps, and ratios."""
     logits = torch.randn(case.tokens, case.experts, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
-    def gating(peer: Peer) -> tuple[Tensor, Tensor, object]:
+    def gating(peer: Peer) -> object:
         weight, loss, plan = peer.gate(case, logits)
-        (weight.sum() + loss).backward()
-        logits.grad = None
-        return weight, loss, plan
+        torch.autograd.grad((weight, loss), logits, (upstream[weight.shape], one))
+        return plan
 
+    one, upstream = torch.ones(()), {size: torch.ones(size) for size in ((case.tokens, case.k), (case.tokens,))}
     runs, kept = {}, peers.gate_ours(case, logits)[2].slot >= 0
     for peer in contestants(case):
-        plan = gating(peer)[2]  # also warms up
+        plan = gating(peer)  # also warms up
         assert not isinstance(plan, Tensor) or torch.equal(plan >= 0, kept), f"{peer.name} keeps others"
-        runs[peer.name] = lambda peer=peer: milliseconds(lambda: gating(peer), 20 if peer.name == peers.OURS else 4)
+        calls = max(1, round(TURN_MS / milliseconds(lambda peer=peer: gating(peer), 3)))
+        runs[peer.name] = lambda peer=peer, calls=calls: milliseconds(lambda: gating(peer), calls)
     times = interleaved(runs, repeats)
     part, rows = f"N = {case.tokens:,}, {case.name}", []
     for name, values in times.items():

@@ -56,7 +56,7 @@ class Peer:
 
 def balance(probs_sum: Tensor, load: Tensor, case: Case) -> Tensor:
     """Load-balancing loss of Switch Transformers: E * sum of (mean probability * share of tokens)."""
-    return torch.dot(probs_sum, load.to(probs_sum.dtype)) * (case.experts / case.tokens**2)
+    return torch.dot(probs_sum, load * (case.experts / case.tokens**2))
 
 
 def gate_ours(case: Case, logits: Tensor) -> tuple[Tensor, Tensor, Any]:

@@ -71,6 +71,11 @@ moe::Router make_router(const char* op, const Tensor& logits, const MaybeTensor&
           static_cast<const bool*>(data(valid)), tokens, experts, k, modalities, element, renormalize, load_sigma};
 }
 
+// A row of few experts fills the vectors of a lesser set better.
+InstructionSet instructions_for(const moe::Router& r) {
+  return r.experts <= 8 ? std::min(instruction_set(), InstructionSet::avx2) : instruction_set();
+}
+
 // body(chunk, block, scratch) for each block of tokens; chunks of them are dealt to threads.
 template <class Body>
 void for_each_chunk(const moe::Router& r, int64_t chunk_tokens, Body body) {
@@ -141,8 +146,9 @@ Routed moe_route(const Tensor& logits, const MaybeTensor& noise, const MaybeTens
                            slot_order == "priority", n, r.experts, k, max_rows, align, std::move(capacity), ints(slot),
                            ints(src), ints(offs), ints(load), ints(kept)};
   moe::divide(selection, moe::kBlock);
+  const InstructionSet set = instructions_for(r);
   for_each_chunk(r, selection.chunk_tokens, [&](int64_t chunk, int64_t block, void* scratch) {
-    DSVLM_CALL_SIMD(moe_gate_forward, gate, block, scratch);
+    DSVLM_CALL_SIMD_OF(set, moe_gate_forward, gate, block, scratch);
     moe::count(selection, chunk, block * moe::kBlock, std::min(n, (block + 1) * moe::kBlock));
   });
   is_wide ? reduce<double>(r, partial.get(), blocks, {prob_sum, loadp_sum, ent_sum, z2_sum})
@@ -186,8 +192,9 @@ Tensor moe_route_backward(const MaybeTensor& grad_weight, const MaybeTensor& gra
                                or_zeros(grad_z2_sum),
                                load_sigma > 0 ? data(grad_loadp_sum) : nullptr,
                                grad_logits.mutable_data_ptr()};
+  const InstructionSet set = instructions_for(r);
   for_each_chunk(r, moe::kBlock, [&](int64_t, int64_t block, void* scratch) {
-    DSVLM_CALL_SIMD(moe_gate_backward, gate, block, scratch);
+    DSVLM_CALL_SIMD_OF(set, moe_gate_backward, gate, block, scratch);
   });
   return grad_logits;
 }

@@ -1,170 +1,215 @@
-// The gradient of the gate: one pass over the rows, from the saved logits, lse and index. One token to a lane.
+// The gradient of the gate: one pass over the rows, from the saved logits, lse and index.
 //
 // With p the clean and s the noisy softmax, g the gradients of the sums at the token's modality:
-//   d logits = p (g_prob - <p, g_prob> - g_ent (log p + H) + 2 g_z2 lse)
-//            + s (g_s - <s, g_s>), g_s from grad_weight at the K choices, 0 elsewhere
+//   d logits = p (G - <p, G> - g_ent (log p + H) + 2 g_z2 lse), G = g_prob, + the gradient of s at the K choices where
+//              s is p; else
+//            + s (g_s - <s, g_s>), g_s from grad_weight at the K choices, 0 elsewhere;
 //            + t - (sum of t at the K-th choice), t = g_loadp phi((z - eta) / sigma) / sigma.
-#include "moe_routing/tile.h"
+#include "moe_routing/group.h"
 
 namespace dsvlm::DSVLM_ISA {
 namespace {
 
 using namespace routing;
 
-template <class Real, class T>
+template <class Real, class T, int fixed_width>
 class Backward {
   using S = Vectors<Real>;
   using V = typename S::V;
   using I = typename S::I;
+  using G = Group<Real, fixed_width>;
+  using Rows = typename G::Rows;
   static constexpr int lanes = S::lanes;
 
  public:
-  Backward(const moe::GateBackward& call, void* scratch) : call(call), r(call.router) {
-    clean = static_cast<V*>(scratch);
-    probs = clean + r.experts;
-    noisy = clean + 2 * r.experts;
-    table = clean + 3 * r.experts;
-    upstream = clean + 4 * r.experts;
-    score = upstream + r.k;
+  Backward(const moe::GateBackward& call, void* scratch)
+      : call(call), r(call.router), choices(call.grad_weight ? r.k : 0) {
+    const int64_t width = G::width_of(r);
+    clean_memory = static_cast<V*>(scratch);
+    noisy_memory = clean_memory + lanes * width;
+    probs = noisy_memory + lanes * width;
+    more = probs + lanes * width;
+    score = more + lanes * width;
+    at_choice = score + r.k;
+    of_prob = at_choice + r.k;
+    of_loadp = of_prob + r.modalities * width;
   }
 
   void run(int64_t block) {
     const int64_t begin = block * moe::kBlock;
     const int64_t end = begin + moe::kBlock < r.tokens ? begin + moe::kBlock : r.tokens;
-    for (int64_t first = begin; first < end; first += lanes) tile(Tile<Real>(r, first, end));
+    pad(call.grad_prob, of_prob);
+    if (call.grad_loadp) pad(call.grad_loadp, of_loadp);
+    T* const block_end = static_cast<T*>(call.grad_logits) + end * r.experts;
+    for (int64_t first = begin; first < end; first += lanes) {
+      const G g(r, first, end);
+      call.grad_ent ? group<true>(g, block_end) : group<false>(g, block_end);
+    }
   }
 
  private:
-  void tile(const Tile<Real>& t) {
-    t.read(static_cast<const T*>(r.logits), r.tokens, r.experts, clean);
-    if (r.noise) {
-      t.read(static_cast<const Real*>(r.noise), r.tokens, r.experts, noisy);
-      for (int64_t e = 0; e < r.experts; ++e) noisy[e] += clean[e];
+  // Rows of a matrix [M, E] in whole vectors.
+  void pad(const void* matrix, V* rows) const {
+    const int64_t width = G::width_of(r);
+    const Real* const from = static_cast<const Real*>(matrix);
+    for (int64_t m = 0; m < r.modalities; ++m) {
+      rows[(m + 1) * width - 1] = V{};
+      __builtin_memcpy(rows + m * width, from + m * r.experts, r.experts * sizeof(Real));
     }
-    int64_t last[lanes] = {};
-    V eta{};
-    if (call.grad_loadp) {
-      choice(t, r.k - 1, last);
-      eta = Tile<Real>::gather(r.noise ? noisy : clean, last);
-    }
-    const V lse = t.column(static_cast<const Real*>(call.lse), 1, 0);
-    if (t.uniform) {
-      const Real* g = static_cast<const Real*>(call.grad_prob) + t.kind_of_first * r.experts;
-      const auto of_prob = [g](int64_t e) { return all<V>(g[e]); };
-      call.grad_ent ? sums<true>(t, lse, of_prob) : sums<false>(t, lse, of_prob);
-    } else {
-      spread(t, call.grad_prob);
-      const auto of_prob = [this](int64_t e) { return table[e]; };
-      call.grad_ent ? sums<true>(t, lse, of_prob) : sums<false>(t, lse, of_prob);
-    }
-    if (call.grad_weight) {
-      for (int64_t k = 0; k < r.k; ++k) {
-        int64_t at[lanes];
-        choice(t, k, at);
-        for (int lane = 0; lane < lanes; ++lane)
-          reinterpret_cast<Real*>(probs + at[lane])[lane] += upstream[k][lane] * score[k][lane];
-      }
-    }
-    if (call.grad_loadp) through_load(t, eta, last);
-    if (!t.all_live)
-      for (int64_t e = 0; e < r.experts; ++e) probs[e] = t.live ? probs[e] : V{};
-    t.write(static_cast<T*>(call.grad_logits), r.experts, probs);
   }
 
-  // score = s at the choices, upstream = gradient of score; returns <s, g_s>. noisy becomes s.
-  V through_weights(const Tile<Real>& t) {
-    const V* s = probs;
-    if (r.noise) {
-      V total, ignored;
-      exponentials<Real>(noisy, r.experts, largest(noisy, r.experts), total, ignored);
-      for (int64_t e = 0; e < r.experts; ++e) noisy[e] /= total;
-      s = noisy;
+  template <bool of_entropy>
+  void group(const G& g, T* block_end) {
+    const int64_t width = G::width_of(r);
+    const Rows clean = g.read(static_cast<const T*>(r.logits), clean_memory);
+    const bool has_more = (r.noise && choices > 0) || call.grad_loadp;
+    if (has_more) add_more(g, clean);
+    const V lse = g.column(static_cast<const Real*>(call.lse), 1, 0);
+    V same = Real(2) * g.of_kind(static_cast<const Real*>(call.grad_z2)) * lse;  // what all factors of a row have
+    if (!r.noise) same -= weights(g, clean, lse);
+    V dots[lanes], entropies[lanes];
+    Real lses[lanes], ents[lanes], shared[lanes];
+    store(lses, lse);
+    for (int lane = 0; lane < lanes; ++lane) {
+      const Real* const x = clean[lane];
+      const V* const of_sum = of_prob + g.kind[lane] * width;
+      const V lse_of_row = all<V>(lses[lane]);
+      V dot{}, entropy{};
+      for (int64_t v = 0; v < width; ++v) {
+        const V shifted = at_least_smallest<Real>(load(x + v * lanes) - lse_of_row);
+        const V p = exp_of(shifted);
+        probs[lane * width + v] = p;
+        dot += p * of_sum[v];
+        if (of_entropy) entropy -= p * shifted;
+      }
+      dots[lane] = dot;
+      if (of_entropy) entropies[lane] = entropy;
     }
+    same -= across<lanes / 2, lanes>(dots, G::plus);
+    if (of_entropy) {
+      const V ent = g.of_kind(static_cast<const Real*>(call.grad_ent));
+      same -= ent * across<lanes / 2, lanes>(entropies, G::plus);
+      store(ents, ent);
+    }
+    store(shared, same);
+
+    T* const grads = static_cast<T*>(call.grad_logits) + g.first * r.experts;
+    Real* rows = reinterpret_cast<Real*>(probs);
+    int64_t stride = width * lanes;
+    const bool in_place = std::is_same_v<T, Real> && r.experts == stride;
+    if (in_place) rows = reinterpret_cast<Real*>(grads);
+    for (int lane = 0; lane < g.count; ++lane) {
+      const V* const of_sum = of_prob + g.kind[lane] * width;
+      const V shared_of_row = all<V>(shared[lane]);
+      Real* const row = rows + lane * stride;
+      for (int64_t v = 0; v < width; ++v) {
+        V factor = of_sum[v] + shared_of_row;
+        if (of_entropy) factor -= ents[lane] * at_least_smallest<Real>(load(clean[lane] + v * lanes) - lses[lane]);
+        store(row + v * lanes, probs[lane * width + v] * factor);
+      }
+      if (!r.noise) add_choices(g, lane, row);
+    }
+    for (int lane = 0; has_more && lane < g.count; ++lane)
+      for (int64_t v = 0; v < width; ++v) {
+        Real* const to = rows + lane * stride + v * lanes;
+        store(to, load(to) + more[lane * width + v]);
+      }
+    for (int lane = 0; !g.uniform && lane < g.count; ++lane)
+      for (int64_t v = 0; !g.live[lane] && v < width; ++v) store(rows + lane * stride + v * lanes, V{});
+    for (int lane = 0; !in_place && lane < g.count; ++lane)
+      for (int64_t v = 0; v < width; ++v)
+        g.write(grads + lane * r.experts, v, load(rows + lane * stride + v * lanes), block_end);
+  }
+
+  int64_t choice(const G& g, int lane, int64_t k) const {
+    return call.index[(g.first + (lane < g.count ? lane : 0)) * r.k + k];
+  }
+
+  // What a row of the gradient gets at the choices alone.
+  void add_choices(const G& g, int lane, Real* row) const {
+    for (int64_t k = 0; k < choices; ++k) row[choice(g, lane, k)] += reinterpret_cast<const Real*>(at_choice + k)[lane];
+  }
+
+  // at_choice = softmax at the choices * its gradient there. Returns their sum.
+  V weights(const G& g, const Rows& rows, V lse) {
     V sum{}, product{};
-    for (int64_t k = 0; k < r.k; ++k) {
-      int64_t at[lanes];
-      choice(t, k, at);
-      score[k] = Tile<Real>::gather(s, at);
-      upstream[k] = t.live ? t.column(static_cast<const Real*>(call.grad_weight), r.k, k) : V{};
+    for (int64_t k = 0; k < choices; ++k) {
+      Real x[lanes];
+      for (int lane = 0; lane < lanes; ++lane) x[lane] = rows[lane][choice(g, lane, k)];
+      score[k] = exp_of(at_least_smallest<Real>(load(x) - lse));
+      at_choice[k] = g.live ? g.column(static_cast<const Real*>(call.grad_weight), r.k, k) : V{};
       sum += score[k];
-      product += score[k] * upstream[k];
+      product += score[k] * at_choice[k];
     }
-    if (!r.renormalize) return product;
     const V mean = product / sum;
     product = V{};
-    for (int64_t k = 0; k < r.k; ++k) {
-      upstream[k] = (upstream[k] - mean) / sum;
-      product += score[k] * upstream[k];
+    for (int64_t k = 0; k < choices; ++k) {
+      if (r.renormalize) at_choice[k] = (at_choice[k] - mean) / sum;
+      at_choice[k] *= score[k];
+      product += at_choice[k];
     }
     return product;
   }
 
-  // probs becomes the gradient, but for what goes to the choices alone.
-  template <bool of_entropy, class Gradient>
-  void sums(const Tile<Real>& t, V lse, Gradient of_prob) {
-    V of_ent{}, of_z2{}, dot{}, entropy{};
-    t.for_each_kind([&](int64_t m, I mask) {
-      if (of_entropy) of_ent = mask ? all<V>(static_cast<const Real*>(call.grad_ent)[m]) : of_ent;
-      of_z2 = mask ? all<V>(static_cast<const Real*>(call.grad_z2)[m]) : of_z2;
-    });
-    for (int64_t e = 0; e < r.experts; ++e) {
-      const V shifted = at_least_smallest<Real>(clean[e] - lse);
-      probs[e] = exp_of(shifted);
-      dot += probs[e] * of_prob(e);
-      if (of_entropy) entropy -= probs[e] * shifted;
-    }
-    const V inner = call.grad_weight ? through_weights(t) : V{};
-    const V shared = Real(2) * of_z2 * lse - dot - of_ent * entropy - (r.noise ? V{} : inner);
-    for (int64_t e = 0; e < r.experts; ++e) {
-      V factor = of_prob(e) + shared;
-      if (of_entropy) factor -= of_ent * at_least_smallest<Real>(clean[e] - lse);
-      probs[e] *= factor;
-    }
-    if (r.noise && call.grad_weight)
-      for (int64_t e = 0; e < r.experts; ++e) probs[e] -= noisy[e] * inner;
+  // more = what comes by the noisy softmax and by the load probabilities.
+  void add_more(const G& g, const Rows& clean) {
+    const Rows noisy = r.noise ? g.sum(clean, static_cast<const Real*>(r.noise), noisy_memory) : clean;
+    for (int64_t i = 0; i < lanes * G::width_of(r); ++i) more[i] = V{};
+    if (r.noise && choices > 0) through_noisy(g, noisy);
+    if (call.grad_loadp) through_load(g, clean, noisy);
   }
 
-  void through_load(const Tile<Real>& t, V eta, const int64_t (&last)[lanes]) {
+  void through_noisy(const G& g, const Rows& noisy) {
+    const int64_t width = G::width_of(r);
+    const V top = g.largest(noisy);
+    Real tops[lanes], scale[lanes];
+    V totals[lanes];
+    store(tops, top);
+    for (int lane = 0; lane < lanes; ++lane) {
+      totals[lane] = V{};
+      for (int64_t v = 0; v < width; ++v)
+        totals[lane] += more[lane * width + v] =
+            exp_of(at_least_smallest<Real>(load(noisy[lane] + v * lanes) - tops[lane]));
+    }
+    const V total = across<lanes / 2, lanes>(totals, G::plus);
+    store(scale, -weights(g, noisy, top + log_of(total)) / total);
+    for (int lane = 0; lane < lanes; ++lane) {
+      for (int64_t v = 0; v < width; ++v) more[lane * width + v] *= scale[lane];
+      add_choices(g, lane, reinterpret_cast<Real*>(more + lane * width));
+    }
+  }
+
+  void through_load(const G& g, const Rows& clean, const Rows& noisy) {
+    const int64_t width = G::width_of(r);
     const V unit = all<V>(static_cast<Real>(1 / r.load_sigma));
-    spread(t, call.grad_loadp);
-    V sum{};
-    for (int64_t e = 0; e < r.experts; ++e) {
-      const V density = table[e] * normal_density<Real>((clean[e] - eta) * unit) * unit;
-      const V term = clean[e] == -infinity ? V{} : density;
-      probs[e] += term;
-      sum += term;
+    V terms[lanes];
+    Real sums[lanes];
+    for (int lane = 0; lane < lanes; ++lane) {
+      const V eta = all<V>(noisy[lane][choice(g, lane, r.k - 1)]);
+      terms[lane] = V{};
+      for (int64_t v = 0; v < width; ++v) {
+        const V x = load(clean[lane] + v * lanes);
+        const V density = of_loadp[g.kind[lane] * width + v] * normal_density<Real>((x - eta) * unit) * unit;
+        const V term = x == -G::infinity ? V{} : density;
+        more[lane * width + v] += term;
+        terms[lane] += term;
+      }
     }
-    for (int lane = 0; lane < lanes; ++lane) reinterpret_cast<Real*>(probs + last[lane])[lane] -= sum[lane];
+    store(sums, across<lanes / 2, lanes>(terms, G::plus));
+    for (int lane = 0; lane < lanes; ++lane)
+      reinterpret_cast<Real*>(more + lane * width)[choice(g, lane, r.k - 1)] -= sums[lane];
   }
 
-  // table[e] = lane by lane the row of its modality of a [M, E] matrix.
-  void spread(const Tile<Real>& t, const void* matrix) {
-    const Real* const g = static_cast<const Real*>(matrix);
-    for (int64_t e = 0; e < r.experts; ++e) table[e] = V{};
-    t.for_each_kind([&](int64_t m, I mask) {
-      for (int64_t e = 0; e < r.experts; ++e) table[e] = mask ? all<V>(g[m * r.experts + e]) : table[e];
-    });
-  }
-
-  void choice(const Tile<Real>& t, int64_t k, int64_t (&at)[lanes]) const {
-    for (int lane = 0; lane < lanes; ++lane) at[lane] = lane < t.count ? call.index[(t.first + lane) * r.k + k] : 0;
-  }
-
-  static constexpr Real infinity = __builtin_huge_val();
   const moe::GateBackward& call;
   const moe::Router& r;
-  V *clean, *probs, *noisy, *table, *upstream, *score;
+  const int64_t choices;
+  V *clean_memory, *noisy_memory, *probs, *more, *score, *at_choice, *of_prob, *of_loadp;
 };
 
 }  // namespace
 
 void moe_gate_backward(const moe::GateBackward& call, int64_t block, void* scratch) {
-  switch (call.router.element) {
-    case moe::Element::f32: return Backward<float, float>(call, scratch).run(block);
-    case moe::Element::bf16: return Backward<float, Bf16>(call, scratch).run(block);
-    case moe::Element::f16: return Backward<float, F16>(call, scratch).run(block);
-    case moe::Element::f64: return Backward<double, double>(call, scratch).run(block);
-  }
+  for_element<Backward>(call.router, [&](auto type) { typename decltype(type)::type(call, scratch).run(block); });
 }
 
 }  // namespace dsvlm::DSVLM_ISA

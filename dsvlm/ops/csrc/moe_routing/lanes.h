@@ -1,10 +1,10 @@
 // In a namespace of its own: two inline functions of one name would be merged with those of other ops.
-// Vectors of the instruction set that a source is compiled for: conversion, transposition, exp, log, erfc.
+// Vectors of the instruction set that a source is compiled for: conversion, sums across lanes, exp, log, erfc.
 // Included by *_simd.cpp only.
 #pragma once
 
 #include <cstdint>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #include <type_traits>
@@ -32,6 +32,7 @@ struct Vectors<float> {
   typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
   static constexpr float smallest = -88.2f;  // exp of it and of anything smaller is 0
   using Key = uint32_t;
+  using Integer = int32_t;
 };
 template <>
 struct Vectors<double> {
@@ -40,6 +41,7 @@ struct Vectors<double> {
   typedef int64_t I __attribute__((vector_size(kBytes)));
   static constexpr double smallest = -800.0;
   using Key = uint64_t;
+  using Integer = int64_t;
 };
 using VF = Vectors<float>::V;
 using IF = Vectors<float>::I;
@@ -55,7 +57,7 @@ inline To bits_as(const From& from) {
 
 template <class V, class Scalar>
 inline V all(Scalar x) {
-  return V{} + static_cast<std::decay_t<decltype(V{}[0])>>(x);
+  return static_cast<std::decay_t<decltype(V{}[0])>>(x) - V{};  // x + 0 would be a sum: of -0 it is 0
 }
 
 struct Bf16 {
@@ -111,6 +113,21 @@ inline void store(F16* p, VF v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
+// Bit i: whether lane i of both is the same number.
+template <class V>
+inline uint64_t equal_bits(V x, V y) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, VF>) return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, VF>)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)y, _CMP_EQ_OQ));
+#endif
+  const auto equal = x == y;
+  uint64_t bits = 0;
+  for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) bits |= static_cast<uint64_t>(equal[i] & 1) << i;
+  return bits;
+}
+
 // Blocks of `step` lanes change places between a and b: one stage of a transposition.
 template <int step, class V, int... lane>
 inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
@@ -119,30 +136,18 @@ inline void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
   b = __builtin_shufflevector(a, b, ((lane & step) ? n + lane : lane + step)...);
   a = low;
 }
-// Both stages within quarters of 4 floats, by interleaving: these shuffles are the fastest.
-template <int... lane>
-inline void interleave(VF* rows, std::integer_sequence<int, lane...>) {
-  constexpr int n = sizeof...(lane);
-  const auto quarter = [](int i) { return i / 4 * 4; };
-  const VF ab = __builtin_shufflevector(rows[0], rows[1], (quarter(lane) + lane % 4 / 2 + lane % 2 * n)...);
-  const VF ba = __builtin_shufflevector(rows[0], rows[1], (quarter(lane) + lane % 4 / 2 + lane % 2 * n + 2)...);
-  const VF cd = __builtin_shufflevector(rows[2], rows[3], (quarter(lane) + lane % 4 / 2 + lane % 2 * n)...);
-  const VF dc = __builtin_shufflevector(rows[2], rows[3], (quarter(lane) + lane % 4 / 2 + lane % 2 * n + 2)...);
-  rows[0] = __builtin_shufflevector(ab, cd, (quarter(lane) + lane % 2 + lane % 4 / 2 * n)...);
-  rows[1] = __builtin_shufflevector(ab, cd, (quarter(lane) + lane % 2 + lane % 4 / 2 * n + 2)...);
-  rows[2] = __builtin_shufflevector(ba, dc, (quarter(lane) + lane % 2 + lane % 4 / 2 * n)...);
-  rows[3] = __builtin_shufflevector(ba, dc, (quarter(lane) + lane % 2 + lane % 4 / 2 * n + 2)...);
-}
-template <int step, int n, class V>
-inline void transpose(V* rows) {
-  if constexpr (step == 2 && std::is_same_v<V, VF>) {
-#pragma GCC unroll 4
-    for (int i = 0; i < n; i += 4) interleave(rows + i, std::make_integer_sequence<int, n>{});
-  } else if constexpr (step > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i)
-      if (!(i & step)) exchange<step>(rows[i], rows[i + step], std::make_integer_sequence<int, n>{});
-    transpose<step / 2, n>(rows);
+// Lane i of the result: `op` over all lanes of rows[i]; the rows are used up.
+template <int step, int lanes, class V, class Op>
+[[gnu::always_inline]] inline V across(V* rows, Op op) {
+  if constexpr (step == 0) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) {
+      exchange<step>(rows[i], rows[i + step], std::make_integer_sequence<int, lanes>{});
+      rows[i] = op(rows[i], rows[i + step]);
+    }
+    return across<step / 2, lanes>(rows, op);
   }
 }
 

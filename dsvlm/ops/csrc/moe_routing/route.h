@@ -55,9 +55,11 @@ constexpr Key kBad = static_cast<Key>(~Key{0});
 
 inline int64_t partial_size(const Router& r) { return r.modalities * (2 * r.experts + 2); }
 
-// Scratch of one thread: vectors for four things per expert and two per choice of a tile, and the sums of a block.
+// Scratch of one thread: four tables of a group's rows in whole vectors, two vectors per choice, two rows and two vectors
+// per modality.
 inline int64_t scratch_bytes(const Router& r) {
-  return kVectorBytes * (4 * r.experts + 2 * r.k + r.modalities * (2 * r.experts + 2));
+  const int64_t row = r.experts * 8 + kVectorBytes, group_of_rows = kVectorBytes * (r.experts + 16);
+  return 4 * group_of_rows + kVectorBytes * 2 * r.k + r.modalities * 2 * (row + kVectorBytes);
 }
 
 }  // namespace dsvlm::moe

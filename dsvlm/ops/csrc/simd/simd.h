@@ -6,7 +6,8 @@
 //
 //   shared header:     DSVLM_DECLARE_SIMD(void scale(float* x, int64_t n, float by))
 //   x_simd.cpp:        namespace dsvlm::DSVLM_ISA { void scale(float* x, int64_t n, float by) { ... } }
-//   x.cpp:             DSVLM_CALL_SIMD(scale, x, n, by);
+//   x.cpp:             DSVLM_CALL_SIMD(scale, x, n, by);       or, with a set that this machine has,
+//                      DSVLM_CALL_SIMD_OF(set, scale, x, n, by);
 #pragma once
 
 #include <cstdlib>
@@ -17,15 +18,16 @@
   namespace dsvlm::baseline { __VA_ARGS__; } \
   namespace dsvlm::avx2 { __VA_ARGS__; }     \
   namespace dsvlm::avx512 { __VA_ARGS__; }
-#define DSVLM_CALL_SIMD(function, ...)                                                             \
-  (::dsvlm::instruction_set() == ::dsvlm::InstructionSet::avx512 ? ::dsvlm::avx512::function(__VA_ARGS__) \
-   : ::dsvlm::instruction_set() == ::dsvlm::InstructionSet::avx2 ? ::dsvlm::avx2::function(__VA_ARGS__)   \
-                                                                 : ::dsvlm::baseline::function(__VA_ARGS__))
+#define DSVLM_CALL_SIMD_OF(set, function, ...)                                                \
+  ((set) == ::dsvlm::InstructionSet::avx512 ? ::dsvlm::avx512::function(__VA_ARGS__) \
+   : (set) == ::dsvlm::InstructionSet::avx2 ? ::dsvlm::avx2::function(__VA_ARGS__)   \
+                                            : ::dsvlm::baseline::function(__VA_ARGS__))
 #else
 #define DSVLM_DECLARE_SIMD(...) \
   namespace dsvlm::baseline { __VA_ARGS__; }
-#define DSVLM_CALL_SIMD(function, ...) (::dsvlm::baseline::function(__VA_ARGS__))
+#define DSVLM_CALL_SIMD_OF(set, function, ...) (static_cast<void>(set), ::dsvlm::baseline::function(__VA_ARGS__))
 #endif
+#define DSVLM_CALL_SIMD(function, ...) DSVLM_CALL_SIMD_OF(::dsvlm::instruction_set(), function, __VA_ARGS__)
 
 #if !defined(DSVLM_ISA)  // the callers' side
 namespace dsvlm {
