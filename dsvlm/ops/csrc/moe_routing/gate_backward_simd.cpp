@@ -107,8 +107,8 @@ class Backward {
         if (of_entropy) factor -= ents[lane] * at_least_smallest<Real>(load(clean[lane] + v * lanes) - lses[lane]);
         store(row + v * lanes, probs[lane * width + v] * factor);
       }
-      if (!r.noise) add_choices(g, lane, row);
     }
+    for (int lane = 0; !r.noise && lane < g.count; ++lane) add_choices(g, lane, rows + lane * stride);
     for (int lane = 0; has_more && lane < g.count; ++lane)
       for (int64_t v = 0; v < width; ++v) {
         Real* const to = rows + lane * stride + v * lanes;
