@@ -66,10 +66,10 @@ def gating_rows(case: Case, repeats: int) -> list[Row]:
 
     def gating(peer: Peer) -> object:
         weight, loss, plan = peer.gate(case, logits)
-        torch.autograd.grad((weight, loss), logits, (upstream[weight.shape], one))
+        torch.autograd.grad((weight, loss), logits, (upstream[weight.shape], upstream[loss.shape]))
         return plan
 
-    one, upstream = torch.ones(()), {size: torch.ones(size) for size in ((case.tokens, case.k), (case.tokens,))}
+    upstream = {size: torch.ones(size) for size in ((case.tokens, case.k), (case.tokens,), (1, 1), ())}
     runs, kept = {}, peers.gate_ours(case, logits)[2].slot >= 0
     for peer in contestants(case):
         plan = gating(peer)  # also warms up
@@ -148,7 +148,7 @@ def render(report: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing_cpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=11, help="of each contestant, interleaved (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=31, help="of each contestant, interleaved (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and machine there, too")

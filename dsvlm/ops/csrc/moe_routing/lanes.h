@@ -154,7 +154,7 @@ template <int step, int lanes, class V, class Op>
 // exp of numbers that are at least `smallest` and at most some tens; 0 at `smallest`, exactly 1 at 0, NaN of NaN.
 // fp32: relative error 1.6e-7; where one fused step takes the multiple of ln 2 off, 3.9e-7 towards exp(-87). A fit to
 // exp of [-ln 2 / 2, ln 2 / 2] by weighted least squares; the polynomial of log is S. Moshier's, Cephes.
-inline VF exp_of(VF x) {
+[[gnu::always_inline]] inline VF exp_of(VF x) {  // the constants stay in registers
   const VF shifted = x * 1.44269504088896341f + 12582912.0f;
   const VF n = shifted - 12582912.0f;
   const IF exponent = (bits_as<IF>(shifted) - 0x4b400000 + 127) << 23;
