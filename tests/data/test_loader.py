@@ -114,6 +114,18 @@ def test_order_of_calls_changes_nothing(root, loaders):
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.parametrize(("units", "at_once"), [(1, 1), (2, 4000)])
+def test_what_is_done_in_one_go_changes_nothing(loaders, monkeypatch, units, at_once):
+    """Texts of several units are arranged together, images of a job read together: up to other limits, the same."""
+    loader = loaders[1, 0]
+    expected = everything(loader, STEPS)
+    assert max(len(loader.window(step).units) for step in STEPS) > units
+    monkeypatch.setattr("dsvlm.data.loader.UNITS", units)
+    monkeypatch.setattr("dsvlm.data.jobs.AT_ONCE", at_once)
+    loader.forget()
+    assert everything(loader, STEPS) == expected
+
+
 def test_blocks_are_used_again_when_nobody_shows_them():
     blocks = Blocks()
     view = BlockView(blocks.file)

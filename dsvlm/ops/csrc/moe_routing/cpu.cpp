@@ -167,7 +167,7 @@ Tensor moe_route_backward(const MaybeTensor& grad_weight, const MaybeTensor& gra
                           const MaybeTensor& modality, const MaybeTensor& valid, const Tensor& index, const Tensor& lse,
                           bool renormalize, double load_sigma) {
   const char* const op = "moe_route_backward";
-  int64_t modalities = 256;  // as many as modality can name, where no gradient says how many there are
+  int64_t modalities = modality ? 256 : 1;  // where no gradient says how many there are: as many as it can name
   for (const MaybeTensor* grad : {&grad_prob_sum, &grad_ent_sum, &grad_z2_sum, &grad_loadp_sum})
     if (*grad) modalities = (*grad)->size(0);
   const int64_t k = index.size(1);

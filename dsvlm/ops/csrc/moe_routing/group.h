@@ -109,8 +109,8 @@ struct Group {
     return numbers(0) < all<I>(n) ? x : all<V>(-infinity);
   }
 
-  // Writes vector v of a row of a matrix [N, E], in the order of tokens: what is written behind a row is overwritten by the next
-  // one. Nothing is written at `end` or behind it.
+  // Writes vector v of a row of a matrix [N, E]. In the order of tokens: what is written behind a row is overwritten by
+  // the next one. Nothing is written at `end` or behind it.
   template <class T>
   void write(T* row, int64_t v, V x, const T* end) const {
     T* const to = row + v * lanes;
