@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 CSRC = HERE / "dsvlm" / "ops" / "csrc"
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = [*FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
+CXX_FLAGS += ["-ffp-contract=fast"]  # what compilers do anyway, and csrc/moe_routing/lanes.h counts on
 WITHOUT = "dsvlm: built without its compiled ops, for want of {}; the PyTorch reference serves"
 # *_simd.cpp is compiled once for each set of instructions; the machine that runs it picks one (csrc/simd/simd.h)
 INSTRUCTIONS = {"baseline": []}

@@ -98,6 +98,8 @@ def moe_route(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"moe_route: {name} is {list(given.shape)}, expected {list(shape)} as logits say")
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(f"moe_route: valid is {valid.dtype}, expected torch.bool (True = a token, False = padding)")
     for name, given, below in (("modality", modality, num_modalities), ("pool", pool, len(limits))):
         _check_numbers(name, given, below)
     noise = None if noise is None else noise.detach().to(wide)
@@ -126,7 +128,7 @@ def moe_permute(x: Tensor, src: Tensor, slot: Tensor, *, backend: str = "auto") 
     if x.dim() != 2 or slot.dim() != 2 or slot.shape[0] != x.shape[0]:
         raise ValueError(f"moe_permute: x {list(x.shape)}, slot {list(slot.shape)}; expected [N, d] and [N, K]")
     if _served_by_kernel("moe_permute", backend, x):
-        return Permute.apply(x.contiguous(), src, slot)
+        return Permute.apply(x.contiguous(), src.contiguous(), slot.contiguous())
     return reference.permute(x, src, slot.shape[1])
 
 
@@ -142,7 +144,7 @@ def moe_combine(y: Tensor, weight: Tensor, slot: Tensor, src: Tensor, *, backend
         )
     weight = weight.to(torch.promote_types(y.dtype, torch.float32))
     if _served_by_kernel("moe_combine", backend, y):
-        return Combine.apply(y.contiguous(), weight.contiguous(), slot, src)
+        return Combine.apply(*(each.contiguous() for each in (y, weight, slot, src)))
     return reference.combine(y, weight, slot)
 
 
@@ -201,8 +203,8 @@ def _check_route(
             raise ValueError(f"moe_route: unknown {name} {value!r}; choose one of {', '.join(allowed)}")
     if not 1 <= len(limits) <= 256 or min(limits) < -1:
         raise ValueError(f"moe_route: capacity={limits}; expected 1 to 256 numbers >= 0, or -1 for dropless")
-    if align < 1 or not 1 <= num_modalities <= 256 or not load_sigma >= 0:
+    if align < 1 or not 1 <= num_modalities <= 256 or not (load_sigma == 0 or load_sigma >= 1e-30):
         raise ValueError(
             f"moe_route: align={align}, num_modalities={num_modalities}, load_sigma={load_sigma}; expected align >= 1, "
-            "1 to 256 modalities, load_sigma >= 0"
+            "1 to 256 modalities, load_sigma 0 or at least 1e-30 (fp32 has no number for 1 / it below)"
         )

@@ -241,6 +241,20 @@ def test_weights_sums_and_gradients_are_those_of_fp64(engine, case):
         assert (found[~options["valid"]] == 0).all()
 
 
+def test_gradients_of_large_logits(engine):
+    """lse is kept rounded: what it loses grows with the logits, and must not come back in the gradient."""
+    logits = 3 * torch.randn(64, 8, generator=torch.Generator().manual_seed(9)) + 1e4
+    got, x = engine.route(logits, 2, (-1,)), logits.double().requires_grad_()
+    said = gate_of(x, 2, {})
+    for place, name in enumerate(("weight", "prob_sum", "ent_sum")):
+        output = getattr(said, name)
+        grads: list[torch.Tensor | None] = [None] * 5
+        grads[place] = torch.randn(output.shape, generator=torch.Generator().manual_seed(place))
+        expected = torch.autograd.grad(output, x, grads[place].double(), retain_graph=True)[0]
+        found = engine.route_backward(grads, logits, got)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6 if name == "ent_sum" else 4e-7)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_bad_rows_are_counted_and_harm_no_other(engine, policy):
     logits, options = inputs(70, 6, 6)

@@ -150,6 +150,23 @@ def test_gradients_equal_the_reference(case, dtype):
     torch.testing.assert_close(gradients["kernel"], gradients["torch"], **stored)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1e3, 1e6])
+@pytest.mark.parametrize("name, noise", [*((name, 0.0) for name in DIFFERENTIABLE[:4]), ("weight", 0.5)])
+def test_gradients_of_large_logits(name, noise, offset):
+    """lse is kept rounded: what it loses grows with the logits, and must not come back in the gradient."""
+
+    def gradient(backend, dtype):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        more = {"noise": drawn(300, 8, seed=2) * noise} if noise else {}
+        output = getattr(moe_route(leaf, k=2, capacity=-1, backend=backend, **more), name)
+        return torch.autograd.grad(output, leaf, drawn(*output.shape, seed=1).to(output))[0].double()
+
+    logits = drawn(300, 8) * 3 + offset
+    exact = gradient("torch", torch.float64)
+    ours, theirs = ((gradient(backend, torch.float32) - exact).abs().max() for backend in ("kernel", "torch"))
+    assert ours <= 2 * theirs + 4e-7 * exact.abs().max()
+
+
 @pytest.mark.parametrize("output", range(5), ids=DIFFERENTIABLE)
 @pytest.mark.parametrize("more", [{}, {"noise": True, "load_sigma": 0.4, "renormalize": True, "modalities": 2}])
 def test_gradcheck_of_each_output(output, more):
@@ -197,6 +214,10 @@ def test_rows_there_and_back(dtype, width, k):
     y = drawn(len(there), width, seed=2).to(dtype)
     y[empty] = math.nan
     weight = routing.weight.detach()
+    spread = [torch.stack((part, part), dim=-1)[..., 0] for part in (routing.src, routing.slot)]  # with gaps
+    assert torch.equal(moe_permute(x, *spread, backend="kernel"), there)
+    assert torch.equal(moe_combine(y, weight, *spread[::-1], backend="kernel"),
+                       moe_combine(y, weight, routing.slot, routing.src, backend="kernel"))
     wide = y.double().requires_grad_(), weight.double().requires_grad_()
     exact = reference.combine(*wide, routing.slot)
     exact.backward(upstream.double())

@@ -40,7 +40,7 @@ Tensor make(std::initializer_list<int64_t> sizes, ScalarType type) {
 
 const void* data(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-// Checked so that nothing is read that is not there.
+// Checked so that nothing is read that is not there; `index`, which the forward pass gave, is taken at its word.
 void expect(const char* op, const char* name, const MaybeTensor& tensor, std::initializer_list<int64_t> sizes,
             ScalarType type) {
   if (!tensor) return;
@@ -167,11 +167,13 @@ Tensor moe_route_backward(const MaybeTensor& grad_weight, const MaybeTensor& gra
                           const MaybeTensor& modality, const MaybeTensor& valid, const Tensor& index, const Tensor& lse,
                           bool renormalize, double load_sigma) {
   const char* const op = "moe_route_backward";
-  int64_t modalities = modality ? 256 : 1;  // where no gradient says how many there are: as many as it can name
+  int64_t modalities = 0;
   for (const MaybeTensor* grad : {&grad_prob_sum, &grad_ent_sum, &grad_z2_sum, &grad_loadp_sum})
     if (*grad) modalities = (*grad)->size(0);
+  const MaybeTensor told_apart = modalities > 0 ? modality : MaybeTensor{};  // only sums are one per modality
+  modalities = std::max<int64_t>(modalities, 1);
   const int64_t k = index.size(1);
-  const moe::Router r = make_router(op, logits, noise, modality, valid, k, modalities, renormalize, load_sigma);
+  const moe::Router r = make_router(op, logits, noise, told_apart, valid, k, modalities, renormalize, load_sigma);
   const ScalarType real = wide(r.element);
   expect(op, "index", index, {r.tokens, k}, ScalarType::Int);
   expect(op, "lse", lse, {r.tokens}, real);

@@ -70,20 +70,23 @@ __global__ void __launch_bounds__(256, R::kValues > 8 ? 1 : 3) gate_backward(con
   for (int i = 0; i < R::kValues; ++i) clean[i] = -INFINITY, grad[i] = 0;
   if (live) R::load(clean, logits, token);
 
-  // p (g - <p, g>) with g = grad_prob_sum - grad_ent_sum log p + 2 grad_z2_sum lse: the last needs no <p, g>
+  // p (g - <p, g>) with g = grad_prob_sum - grad_ent_sum log p + 2 grad_z2_sum lse: the last needs no <p, g>.
+  // lse has an error of its own, that of its size: p is divided by its sum, and log p may be off by a constant.
   if (live && b.grad_prob_sum) R::load(grad, b.grad_prob_sum + table, logits.experts, logits.vectors);
   const float of_entropy = live && b.grad_ent_sum ? b.grad_ent_sum[modality] : 0.0f;
   const float of_z2 = live && b.grad_z2_sum ? 2 * lse * b.grad_z2_sum[modality] : 0.0f;
-  float dot = 0;
+  float dot = 0, total = 0;
 #pragma unroll
   for (int i = 0; i < R::kValues; ++i) {
     const float log_p = clean[i] - lse, p = expf(log_p);
     grad[i] = p > 0 ? grad[i] - of_entropy * log_p : 0.0f;
     dot += p * grad[i];
+    total += p;
   }
-  dot = group_sum<R::kLanes>(dot) - of_z2;
+  const float scale = 1.0f / group_sum<R::kLanes>(total);
+  dot = group_sum<R::kLanes>(dot) * scale - of_z2;
 #pragma unroll
-  for (int i = 0; i < R::kValues; ++i) grad[i] = expf(clean[i] - lse) * (grad[i] - dot);
+  for (int i = 0; i < R::kValues; ++i) grad[i] = expf(clean[i] - lse) * scale * (grad[i] - dot);
 
   if (b.grad_weight) add_weights<R>(b, token, live, clean, grad);
 

@@ -5,6 +5,8 @@
 //              s is p; else
 //            + s (g_s - <s, g_s>), g_s from grad_weight at the K choices, 0 elsewhere;
 //            + t - (sum of t at the K-th choice), t = g_loadp phi((z - eta) / sigma) / sigma.
+// lse has an error of its own, that of its size. So exp(z - lse) is divided by its sum; log p may be off by a constant,
+// which log p + H is not.
 #include "moe_routing/group.h"
 
 namespace dsvlm::DSVLM_ISA {
@@ -66,29 +68,33 @@ class Backward {
     if (has_more) add_more(g, clean);
     const V lse = g.column(static_cast<const Real*>(call.lse), 1, 0);
     V same = Real(2) * g.of_kind(static_cast<const Real*>(call.grad_z2)) * lse;  // what all factors of a row have
-    if (!r.noise) same -= weights(g, clean, lse);
-    V dots[lanes], entropies[lanes];
-    Real lses[lanes], ents[lanes], shared[lanes];
+    V dots[lanes], entropies[lanes], totals[lanes];
+    Real lses[lanes], ents[lanes], shared[lanes], inverses[lanes];
     store(lses, lse);
     for (int lane = 0; lane < lanes; ++lane) {
       const Real* const x = clean[lane];
       const V* const of_sum = of_prob + g.kind[lane] * width;
       const V lse_of_row = all<V>(lses[lane]);
-      V dot{}, entropy{};
+      V dot{}, entropy{}, total{};
       for (int64_t v = 0; v < width; ++v) {
         const V shifted = at_least_smallest<Real>(load(x + v * lanes) - lse_of_row);
         const V p = exp_of(shifted);
         probs[lane * width + v] = p;
+        total += p;
         dot += p * of_sum[v];
         if (of_entropy) entropy -= p * shifted;
       }
       dots[lane] = dot;
+      totals[lane] = total;
       if (of_entropy) entropies[lane] = entropy;
     }
-    same -= across<lanes / 2, lanes>(dots, G::plus);
+    const V inverse = Real(1) / across<lanes / 2, lanes>(totals, G::plus);
+    store(inverses, inverse);
+    if (!r.noise) same -= weights(g, clean, lse, inverse);
+    same -= inverse * across<lanes / 2, lanes>(dots, G::plus);
     if (of_entropy) {
       const V ent = g.of_kind(static_cast<const Real*>(call.grad_ent));
-      same -= ent * across<lanes / 2, lanes>(entropies, G::plus);
+      same -= ent * inverse * across<lanes / 2, lanes>(entropies, G::plus);
       store(ents, ent);
     }
     store(shared, same);
@@ -105,7 +111,7 @@ class Backward {
       for (int64_t v = 0; v < width; ++v) {
         V factor = of_sum[v] + shared_of_row;
         if (of_entropy) factor -= ents[lane] * at_least_smallest<Real>(load(clean[lane] + v * lanes) - lses[lane]);
-        store(row + v * lanes, probs[lane * width + v] * factor);
+        store(row + v * lanes, probs[lane * width + v] * (factor * inverses[lane]));
       }
     }
     for (int lane = 0; !r.noise && lane < g.count; ++lane) add_choices(g, lane, rows + lane * stride);
@@ -131,12 +137,12 @@ class Backward {
   }
 
   // at_choice = softmax at the choices * its gradient there. Returns their sum.
-  V weights(const G& g, const Rows& rows, V lse) {
+  V weights(const G& g, const Rows& rows, V lse, V inverse) {
     V sum{}, product{};
     for (int64_t k = 0; k < choices; ++k) {
       Real x[lanes];
       for (int lane = 0; lane < lanes; ++lane) x[lane] = rows[lane][choice(g, lane, k)];
-      score[k] = exp_of(at_least_smallest<Real>(load(x) - lse));
+      score[k] = exp_of(at_least_smallest<Real>(load(x) - lse)) * inverse;
       at_choice[k] = g.live ? g.column(static_cast<const Real*>(call.grad_weight), r.k, k) : V{};
       sum += score[k];
       product += score[k] * at_choice[k];
@@ -172,7 +178,7 @@ class Backward {
             exp_of(at_least_smallest<Real>(load(noisy[lane] + v * lanes) - tops[lane]));
     }
     const V total = across<lanes / 2, lanes>(totals, G::plus);
-    store(scale, -weights(g, noisy, top + log_of(total)) / total);
+    store(scale, -weights(g, noisy, top, Real(1) / total) / total);
     for (int lane = 0; lane < lanes; ++lane) {
       for (int64_t v = 0; v < width; ++v) more[lane * width + v] *= scale[lane];
       add_choices(g, lane, reinterpret_cast<Real*>(more + lane * width));

@@ -53,7 +53,8 @@ constexpr Key kAsksNothing = kZeroScore<Key> + 1;
 template <class Key>
 constexpr Key kBad = static_cast<Key>(~Key{0});
 
-inline int64_t partial_size(const Router& r) { return r.modalities * (2 * r.experts + 2); }
+// Inlined wherever it is called: see simd.h.
+[[gnu::always_inline]] inline int64_t partial_size(const Router& r) { return r.modalities * (2 * r.experts + 2); }
 
 // Scratch of one thread: four tables of a group's rows in whole vectors, two vectors per choice, two rows and two vectors
 // per modality.
