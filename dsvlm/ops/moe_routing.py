@@ -89,7 +89,6 @@ def moe_route(
         max_rows = bound
     elif max_rows < bound:
         raise ValueError(f"moe_route: max_rows={max_rows}, but {bound} rows may be needed; see rows_bound")
-    wide = torch.promote_types(logits.dtype, torch.float32)
     for name, given, shape in (
         ("noise", noise, (tokens, experts)),
         ("modality", modality, (tokens,)),
@@ -102,7 +101,7 @@ def moe_route(
         raise ValueError(f"moe_route: valid is {valid.dtype}, expected torch.bool (True = a token, False = padding)")
     for name, given, below in (("modality", modality, num_modalities), ("pool", pool, len(limits))):
         _check_numbers(name, given, below)
-    noise = None if noise is None else noise.detach().to(wide)
+    noise = None if noise is None else noise.detach().to(torch.promote_types(logits.dtype, torch.float32))
     if _served_by_kernel("moe_route", backend, logits):
         modality, pool = (x if x is None else x.to(torch.uint8) for x in (modality, pool))
         logits, *given = (x if x is None else x.contiguous() for x in (logits, noise, modality, valid, pool))
