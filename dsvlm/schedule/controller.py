@@ -180,18 +180,29 @@ class Controlled:
         return f"{start}:{base64.b85encode(pack_columns(columns)).decode()}"
 
     def restore(self, text: str) -> None:
-        """Go on from a state that was packed."""
+        """Go on from a state that was packed; ValueError when it is none of this controller's."""
+        try:
+            state = self._unpacked(text)
+            if not (state.tasks["gap"] > 0).all():
+                raise ValueError("a task that never takes part")
+        except (ValueError, IndexError, OverflowError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"the checkpoint's state of schedule.controller is damaged ({text!r:.60}: {error}): remove that "
+                "checkpoint's directory, and training goes on from the one before"
+            ) from error
+        self.state = state
+
+    def _unpacked(self, text: str) -> State:
         start, colon, packed = text.partition(":")
         if not colon:
-            self.state = self._first(base64.b64decode(text))
-            return
+            return self._first(base64.b64decode(text))
         tasks = np.zeros_like(self.state.tasks)
         columns = unpack_columns(base64.b85decode(packed), len(tasks))
         for name, column in zip(self.fields.names, columns, strict=True):
             _bits(tasks[name])[:] = column
         tasks["cursor"] = self.taken.cursors(int(start)) - tasks["cursor"] * self._unit
         tasks["gap"] += 1
-        self.state = State(int(start), tasks)
+        return State(int(start), tasks)
 
     def _first(self, data: bytes) -> State:
         """The state as the first version packed it: with the interval's sums instead of a mean."""

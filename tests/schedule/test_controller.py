@@ -254,6 +254,23 @@ def test_a_state_of_the_first_version_is_read():
     assert all(np.array_equal(other.table(step), control.table(step)) for step in range(18, 40))
 
 
+@steady
+@given(st.data())
+def test_a_damaged_state_is_a_clear_error_or_another_state(data):
+    control = Controlled([Phase(0, (2, 5))], StopAndGo(every=2))
+    feed(control, range(7), FLAT, FALLING)
+    text = list(control.pack())
+    for _ in range(data.draw(st.integers(1, 3))):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.sampled_from("0129:zZ~ \u00e9") | st.just(""))
+    before = control.state
+    try:
+        control.restore("".join(text))
+    except ValueError as error:
+        assert "schedule.controller is damaged" in str(error) and control.state is before
+    else:
+        assert (control.state.tasks["gap"] > 0).all()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("loss", [1e39, 1e300, np.inf])
 def test_a_loss_beyond_all_bounds_is_a_bad_score_not_a_missing_one(loss):
