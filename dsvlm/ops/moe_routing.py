@@ -205,5 +205,5 @@ def _check_route(
     if align < 1 or not 1 <= num_modalities <= 256 or not (load_sigma == 0 or load_sigma >= 1e-30):
         raise ValueError(
             f"moe_route: align={align}, num_modalities={num_modalities}, load_sigma={load_sigma}; expected align >= 1, "
-            "1 to 256 modalities, load_sigma 0 or at least 1e-30 (fp32 has no number for 1 / it below)"
+            "1 to 256 modalities, load_sigma 0 or at least 1e-30 (divisions by less leave fp32's range)"
         )

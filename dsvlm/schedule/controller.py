@@ -179,12 +179,16 @@ class Controlled:
         columns = [_bits(tasks[name]).tolist() for name in self.fields.names]
         return f"{start}:{base64.b85encode(pack_columns(columns)).decode()}"
 
-    def restore(self, text: str) -> None:
-        """Go on from a state that was packed; ValueError when it is none of this controller's."""
+    def restore(self, text: str, step: int) -> None:
+        """Go on with update `step` from a state that was packed; ValueError when it cannot be this controller's."""
         try:
+            if not isinstance(text, str):
+                raise ValueError("no text")
             state = self._unpacked(text)
-            if not (state.tasks["gap"] > 0).all():
-                raise ValueError("a task that never takes part")
+            if not 0 <= state.start <= step < state.start + self.controller.every:
+                raise ValueError(f"of update {state.start}, not {step}")
+            if (state.tasks["gap"] <= 0).any() or (state.tasks["cursor"] < 0).any():
+                raise ValueError("numbers out of range")
         except (ValueError, IndexError, OverflowError, ZeroDivisionError) as error:
             raise ValueError(
                 f"the checkpoint's state of schedule.controller is damaged ({text!r:.60}: {error}): remove that "

@@ -102,7 +102,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     if checkpoint is not None:
         state = guard.together(resumed_state, checkpoint, state)
         if planned.plan.control is not None:
-            guard.together(planned.plan.control.restore, state.controller)
+            guard.together(planned.plan.control.restore, state.controller, state.step)
         guard.together(load_weights, model, checkpoint)
     guard.together(share_experts, model, recipe)
     engine = make_engine(model.to(device), recipe)

@@ -135,6 +135,9 @@ def test_workers_encode_alike(either):
     for encoder in (plain, worker):
         with pytest.raises(TypeError, match="no text in Unicode"):
             encoder.encode(Text("half of a pair: \ud83d"), first=True)
+        for no_text in (5, None, b"red"):
+            with pytest.raises(TypeError, match="no text in Unicode"):
+                encoder.encode(Text(no_text), first=True)
 
 
 def test_location_tokens_are_one_id_each(either):

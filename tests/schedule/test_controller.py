@@ -41,7 +41,7 @@ def test_golden_traces_through_the_plan(trace):
     control = Controlled([Phase(0, (3, 4))], StopAndGo(every=2))
     for number, mark in enumerate(trace.split()):
         other = Controlled([Phase(0, (3, 4))], StopAndGo(every=2))
-        other.restore(control.pack())
+        other.restore(control.pack(), 2 * number)
         control = other
         nll = np.array([1 / float(mark.rstrip("*")) - 1, 10.0 / (number + 1)])
         control.observe(2 * number, 2 * nll, np.array([2.0, 1.0]))
@@ -135,7 +135,7 @@ def told(plan, steps, losses, cut=None):
         if cut and step % cut == 0:
             saved = json.loads(json.dumps(plan.control.pack()))
             plan = Plan(plan.schedule, plan.control.controller)
-            plan.control.restore(saved)
+            plan.control.restore(saved, step)
         tables.append(plan.window(step).table.tobytes())
         targets = np.where(losses[step] == MASKED, 0.0, 5.0)
         plan.control.observe(step, losses[step] * targets, targets)
@@ -207,7 +207,7 @@ def test_a_window_is_a_function_of_state_and_step(drawn, data):
     steps = data.draw(st.lists(st.integers(start, start + 100), min_size=1, max_size=8))
     asked = [plan.window(step).table.tobytes() for step in steps]
     other = Plan(schedule, controller)
-    other.control.restore(plan.control.pack())
+    other.control.restore(plan.control.pack(), start)
     assert [other.window(step).table.tobytes() for step in reversed(steps)] == asked[::-1]
 
 
@@ -249,7 +249,7 @@ def test_a_state_of_the_first_version_is_read():
         old[name] = control.state.tasks[name]
     old["since"], old["targets"], old["nll"] = (12, 0), (8, 8), (control.state.tasks["cost"] - 1) * 8.0
     other = Plan(schedule, StopAndGo(every=4)).control
-    other.restore(base64.b64encode(control.state.start.to_bytes(8, "little") + old.tobytes()).decode())
+    other.restore(base64.b64encode(control.state.start.to_bytes(8, "little") + old.tobytes()).decode(), 18)
     assert other.pack() == control.pack() and other.stopped() == [0]
     assert all(np.array_equal(other.table(step), control.table(step)) for step in range(18, 40))
 
@@ -264,11 +264,12 @@ def test_a_damaged_state_is_a_clear_error_or_another_state(data):
         text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.sampled_from("0129:zZ~ \u00e9") | st.just(""))
     before = control.state
     try:
-        control.restore("".join(text))
+        control.restore("".join(text), 7)
     except ValueError as error:
         assert "schedule.controller is damaged" in str(error) and control.state is before
     else:
-        assert (control.state.tasks["gap"] > 0).all()
+        assert (control.table(7) >= 0).all()
+        control.observe(7, np.ones(2), np.ones(2))
 
 
 @pytest.mark.filterwarnings("error")
@@ -281,7 +282,7 @@ def test_a_loss_beyond_all_bounds_is_a_bad_score_not_a_missing_one(loss):
         mean = np.array([loss if step % 4 == 1 else 1.0, 1e9 * 0.9**step])
         control.observe(step, 2 * mean, np.array([2.0, 2.0]))
         other = Controlled([Phase(0, (2, 5))], StopAndGo(every=4))
-        other.restore(control.pack())
+        other.restore(control.pack(), step + 1)
         control = other
     assert control.stopped() == [0]
 

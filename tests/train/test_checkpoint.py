@@ -69,7 +69,7 @@ def test_state_is_small(tmp_path, steps, phases, limit):
         control.state = unlike(control, steps, drawn)
         state = replace(state, controller=control.pack())
         again = Controlled(shares, StopAndGo())
-        again.restore(state.controller)
+        again.restore(state.controller, control.state.start)
         assert again.state.start == steps and np.array_equal(again.state.tasks, control.state.tasks)
     begin(tmp_path / "step", state)
     assert (tmp_path / "step/state.json").stat().st_size < limit
