@@ -48,7 +48,7 @@ class Encoder:
         return ids
 
     def ids_of(self, text: str) -> list[int]:
-        """Ids as the backend gives them, which takes some 14 us for nine words; those of known words take 2."""
+        """Ids as the backend gives them: from those of known words where they are the same, which is much faster."""
         words = plain_words(text) if self.words is not None and isinstance(text, str) else None
         if words is None:
             return self.asked(text)

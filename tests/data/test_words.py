@@ -35,7 +35,7 @@ SEPARABLE = {
     "another sign for spaces": unigram(pre_tokenizers.Metaspace(replacement="_")),
     "GPT-2, OPT": bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "a space in front": bpe(pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "MPT": bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC()),
+    "normalised first": bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC()),
 }
 JOINING = {
     "LLaMA": bpe(None, normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])),
