@@ -1,6 +1,7 @@
 """A remote shard behind the node's cache: fetched ahead in long ranges, read in short ones."""
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from functools import partial
 
 from dsvlm.data.range_cache import RangeCache
@@ -42,22 +43,21 @@ class CachedFile:
             self.cache.forget(self.shard, offset, size)
         return self.file.read(offset, size)
 
-    def fetch(self, start: int, stop: int, step: int, after: int, later: Callable[[Callable[[], object]], object]
-              ) -> None:
-        """Bring one range into the cache, which is used at `step`, and next at step `after`.
+    def fetch(self, start: int, stop: int, step: int, after: int, later: Callable[[Callable[[], object]], Future]
+              ) -> Future | None:
+        """Bring one range into the cache, which is used at `step`, and next at step `after`; None = nothing to do.
 
         later: runs a function in the background. Whoever reads the range meanwhile waits for it; should it fail, the
         reader asks, and fails, itself.
         """
         self.step = max(self.step, step)
         if self.cache is None:
-            return
+            return None
         try:
             part = self.cache.reserve(self.shard, start, stop, step, after, wait=False)
         except OSError:
-            return
-        if part is not None:
-            later(partial(self.cache.fill, part, self.file.read))
+            return None
+        return None if part is None else later(partial(self.cache.fill, part, self.file.read))
 
 
 def coalesce(extents: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:

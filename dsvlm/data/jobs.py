@@ -22,7 +22,7 @@ class Job:
     begins in the workers' file.
     skip: items (by place) that are not touched any more, with the reason.
     after: of a fetch, the step at which each item is needed again.
-    answer: per item: Text, or None or why the image is black; of a fetch: nothing.
+    answer: per item: Text, or None or why the image is black; of a fetch: what is under way in this process.
     """
 
     kind: str
@@ -47,8 +47,7 @@ def carry_out(job: Job, reading: Reading, begin: Callable[[int], None] = lambda 
     """The answer to a job; `begin` is told the place of each item before it is touched."""
     if job.kind == "fetch":
         samples, after = np.array([sample for _, sample in job.items], np.int64), np.array(job.after, np.int64)
-        reading.fetch(job.items[0][0], samples, job.step, after)
-        return []
+        return reading.fetch(job.items[0][0], samples, job.step, after)
     if job.kind == "image":
         return images(job, reading, begin)
     answers = []

@@ -6,7 +6,7 @@ import mmap
 import os
 import threading
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
 from os import pread
@@ -102,24 +102,27 @@ class ShardReader:
             pass
         return self._shard(number).read(row, extension, check)    # knows what to do, or says what is wrong
 
-    def fetch(self, samples: np.ndarray, when: int, after: np.ndarray | None = None) -> None:
+    def fetch(self, samples: np.ndarray, when: int, after: np.ndarray | None = None) -> list[Future]:
         """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards.
 
         Their parts of remote shards come into the node's cache, neighbours in one request, several requests at a time,
         in the background: reading one of them waits for it.
         after: step at which each is read next, [n] int64 (`Plan.next_use`): what is read last makes room; None =
         nobody knows, so these make room first.
+        Returns what is under way, for who would rather wait before reading; what fails there is read, or fails, then.
         """
         if not self.is_remote or not len(samples):
-            return
+            return []
         from dsvlm.data.cached import coalesce
         from dsvlm.data.range_cache import NEVER
 
         after = np.full(len(samples), NEVER) if after is None else np.asarray(after)
+        asked = []
         for shard, rows, where in self._groups(samples):
             if shard.is_remote:
                 for start, stop, again in coalesce(shard.extents(rows, after[where])):
-                    shard.file.fetch(start, stop, when, again, self._shared.later)
+                    asked.append(shard.file.fetch(start, stop, when, again, self._shared.later))
+        return [request for request in asked if request is not None]
 
     @property
     def is_asking(self) -> bool:
@@ -171,7 +174,7 @@ class _Shared:
 
             self.groups = RowGroups()
 
-    def later(self, request) -> None:
+    def later(self, request) -> Future:
         """Run a request in the background, a few at a time; more are waited for, so that few files are open."""
         from dsvlm.data.remote import CONCURRENT
 
@@ -181,7 +184,9 @@ class _Shared:
             found = self._background.setdefault(os.getpid(), made)
         pool, places = found
         places.acquire()
-        pool.submit(request).add_done_callback(lambda done: places.release())
+        running = pool.submit(request)
+        running.add_done_callback(lambda done: places.release())
+        return running
 
 
 class _Shard:

@@ -1,6 +1,7 @@
 """What reads samples: one object that a process of its own can hold as well as the training's."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,9 +63,12 @@ class Reading:
         self.sources, self.encoder, self.config = list(sources), encoder, config
         self.decode = make_decoder(config.decoder, config.image_size, config.dct_scaling)
 
-    def fetch(self, task: int, samples: np.ndarray, step: int, after: np.ndarray) -> None:
-        """Hint that the samples are read at a step, and not again before the steps `after: [n] int64`."""
-        self.sources[task].reader.fetch(samples, step, after)
+    def fetch(self, task: int, samples: np.ndarray, step: int, after: np.ndarray) -> list[Future]:
+        """Hint that the samples are read at a step, and not again before the steps `after: [n] int64`.
+
+        Returns what is under way.
+        """
+        return self.sources[task].reader.fetch(samples, step, after)
 
     def is_asking(self) -> bool:
         """Whether a store is waited for."""

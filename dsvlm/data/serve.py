@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -24,7 +24,7 @@ PLACES = 2**16  # of a job, at most
 MOST = HEAD // 16  # workers of a rank: each has two words, what it is at and a beat while it waits for a store
 LENGTH = struct.Struct("<Q")  # before every answer
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-FETCHING, BEAT = 4, 0.25  # hints carried out at a time; seconds
+FETCHING, BEAT = 32, 0.25  # hints carried out at a time, most of which wait for a store; seconds
 
 
 def serve() -> None:
@@ -77,7 +77,12 @@ class Server:
         return as_images(self.view.show(start, count * 3 * size * size), size)
 
     def fetch(self, number: int, job: Job) -> None:
-        self.answer(number, outcome(job, self.reading))
+        """Answers once the store has: jobs that need the bytes are sent then, and no worker is idle for them."""
+        found = outcome(job, self.reading)
+        if isinstance(found, list):
+            wait(found)  # what fails there, fails where it is read
+            found = []
+        self.answer(number, found)
         self.fetching.discard(number)
 
     def answer(self, number: int, found: list | tuple | Exception) -> None:

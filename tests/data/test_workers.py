@@ -1,15 +1,22 @@
 """Worker processes: the same bytes whatever their number, and whatever befalls them; nothing is left behind."""
 
 import os
+import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from dsvlm.data.jobs import Job
 from dsvlm.data.reader import ShardReader
+from dsvlm.data.remote import RemoteError
+from dsvlm.data.serve import LENGTH, Server
 from tests.data.deadly import Deadly, DeadlyText, DeadlyTexts, Patient, Unusable
 from tests.data.loading import everything, loader_of, scenes, with_reader
 from tests.train.test_faults import damage
@@ -181,3 +188,26 @@ def test_memory_does_not_grow_and_nothing_is_left(loading):
     assert not Path(f"/proc/{pid}").exists() and len(os.listdir("/proc/self/fd")) < files
     children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
     assert "dsvlm.data.serve" not in children
+
+
+@pytest.mark.parametrize("end", [lambda request: request.set_result(b""),
+                                 lambda request: request.set_exception(RemoteError("gone"))])
+def test_a_hint_is_answered_once_the_store_has(end):
+    """Texts and images that were asked for before would keep a worker waiting that has others to read."""
+    class Hinted:
+        def fetch(self, task, samples, step, after):
+            return requests
+
+    requests = [Future(), Future()]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(0.2)
+        server = Server(0, None, theirs, None, Hinted())
+        thread = threading.Thread(target=server.fetch, args=(7, Job("fetch", [(0, 3)], 5, after=[9])))
+        thread.start()
+        end(requests[0])
+        with pytest.raises(TimeoutError):
+            ours.recv(1)
+        end(requests[1])
+        thread.join(10)
+        assert pickle.loads(ours.recv(1000)[LENGTH.size:]) == (7, [])
