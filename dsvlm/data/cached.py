@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 
-from dsvlm.data.range_cache import RangeCache
+from dsvlm.data.range_cache import Part, RangeCache
 from dsvlm.data.remote import RemoteFile
 
 GAP = 64 * 2**10                  # bytes between two samples that cost less to read than another request
@@ -57,7 +57,11 @@ class CachedFile:
             part = self.cache.reserve(self.shard, start, stop, step, after, wait=False)
         except OSError:
             return None
-        return None if part is None else later(partial(self.cache.fill, part, self.file.read))
+        return None if part is None else later(partial(self._bring, part))
+
+    def _bring(self, part: Part) -> None:
+        """Gives no bytes: they would stay for as long as somebody holds the request."""
+        self.cache.fill(part, self.file.read)
 
 
 def coalesce(extents: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:

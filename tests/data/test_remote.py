@@ -68,7 +68,8 @@ def test_a_set_at_a_url_is_the_set(reader, local, tmp_path, monkeypatch):
 
 
 def test_fetch_asks_once_for_neighbours_and_reading_asks_no_more(reader, local, store):
-    reader.fetch(np.arange(64), 5)
+    requests = reader.fetch(np.arange(64), 5)
+    assert [request.result(10) for request in requests] == [None]        # and not the bytes
     assert equal(reader, local, range(64)) and len(store.requests) == 1
     reader.fetch(np.arange(64), 6)                            # it is here already
     assert len(store.requests) == 1
