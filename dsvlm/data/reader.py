@@ -49,7 +49,9 @@ class ShardReader:
         self._starts = [0, *accumulate(manifest.sizes)]
         self.is_remote = any(is_url(manifest.shard(number)) for number in range(len(manifest.names)))
         self._shared = _Shared(manifest, self.is_remote, cache, cache_mb)
+        self._shift, self._near = _near(self._starts)
         self._open: dict[int, _Shard] = {}        # by number
+        self._plain: dict[str, dict[int, tuple]] = {}     # of open shards, by extension and number: see `_Shard.plain`
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -89,18 +91,19 @@ class ShardReader:
         check: compare the checksum, at the price of a pass over the bytes (`checksum.py`).
         """
         starts = self._starts
-        number = bisect_right(starts, sample) - 1                 # as `_find` does, without its cost
-        row = sample - starts[number]
+        number = self._near[sample >> self._shift]                # as `_find` does, at half the cost
+        while sample >= starts[number + 1]:
+            number += 1
         try:
-            shard = self._open[number]                            # held: its descriptor stays open
-            file, offsets, sizes, crcs = shard.plain[extension]
-            offset, size = offsets[row], sizes[row]
-            data = pread(file, size, offset)
+            file, descriptor, offsets, sizes, crcs = self._plain[extension][number]   # who holds a file keeps it open
+            row = sample - starts[number]
+            data = pread(descriptor, size := sizes[row], offset := offsets[row])
             if offset and len(data) == size and (not check or crc32(data) == crcs[row]):
                 return data
         except (KeyError, OSError, OverflowError, MemoryError):   # the last two: an index that lies
             pass
-        return self._shard(number).read(row, extension, check)    # knows what to do, or says what is wrong
+        shard, row = self._find(sample)
+        return shard.read(row, extension, check)                  # knows what to do, or says what is wrong
 
     def fetch(self, samples: np.ndarray, when: int, after: np.ndarray | None = None) -> list[Future]:
         """Hint that these samples ([n] int64) are read at step `when`; nothing to do for local shards.
@@ -138,10 +141,18 @@ class ShardReader:
         """An open shard; of too many, the one opened first is closed."""
         if (shard := self._open.get(number)) is None:
             assert 0 <= number < len(self.manifest.names), f"no sample of {len(self)}"
-            shard = self._open[number] = _Shard(self._shared, number)
-            while len(self._open) > OPEN_SHARDS:
-                self._open.pop(list(self._open)[0], None)         # other threads may do the same
+            shard = _Shard(self._shared, number)
+            for extension, found in shard.plain().items():
+                self._plain.setdefault(extension, {})[number] = found
+            self._open[number] = shard
+            while len(self._open) > OPEN_SHARDS:                  # other threads may do the same
+                self._close(list(self._open)[0])
         return shard
+
+    def _close(self, number: int) -> None:
+        self._open.pop(number, None)
+        for shards in list(self._plain.values()):
+            shards.pop(number, None)
 
     def _groups(self, samples: np.ndarray):
         """(shard, rows in it, which of the samples these are: [n] bool) for each shard that holds some of them."""
@@ -211,10 +222,12 @@ class _Shard:
 
             self.parquet = ParquetFile(path, self.file, self.mapping, shared.groups)
             self._size = -1                       # its offsets are none of the file's: `_elsewhere` reads
-        # By extension: descriptor, offsets, sizes, crcs of members that one pread gives.
-        plain = not self.is_remote and self.parquet is None
-        members = self._members.items() if plain else ()
-        self.plain = {name: (self.file.descriptor, *columns) for name, columns in members}
+
+    def plain(self) -> dict[str, tuple]:
+        """Of members that one pread gives, by extension: the file, its descriptor, offsets, sizes, crcs."""
+        if self.is_remote or self.parquet is not None:
+            return {}
+        return {name: (self.file, self.file.descriptor, *columns) for name, columns in self._members.items()}
 
     def where(self, row: int) -> str:
         return f"{self.name}:{self.index.key(row)}"
@@ -290,6 +303,15 @@ class _Shard:
             raise BadSample(f"{extension} is damaged: crc32 {crc:08x} expected, {crc32(data):08x} found",
                             self.where(row))
         return data
+
+
+def _near(starts: list[int]) -> tuple[int, list[int]]:
+    """(shift, shards): the shard of a sample is `shards[sample >> shift]` or one soon after it.
+
+    starts: first sample of each shard, and their number at the end.
+    """
+    shift = max(1, starts[-1] // len(starts)).bit_length() - 1            # one or two cells to an average shard
+    return shift, [bisect_right(starts, first) - 1 for first in range(0, starts[-1], 1 << shift)]
 
 
 def _cached(shared: _Shared, number: int):
