@@ -91,16 +91,16 @@ class ShardReader:
         check: compare the checksum, at the price of a pass over the bytes (`checksum.py`).
         """
         starts = self._starts
-        number = self._near[sample >> self._shift]                # as `_find` does, at half the cost
-        while sample >= starts[number + 1]:
-            number += 1
         try:
+            number = self._near[sample >> self._shift]            # as `_find` does, at half the cost
+            while sample >= starts[number + 1]:
+                number += 1
             file, descriptor, offsets, sizes, crcs = self._plain[extension][number]   # who holds a file keeps it open
             row = sample - starts[number]
             data = pread(descriptor, size := sizes[row], offset := offsets[row])
             if offset and len(data) == size and (not check or crc32(data) == crcs[row]):
                 return data
-        except (KeyError, OSError, OverflowError, MemoryError):   # the last two: an index that lies
+        except (LookupError, OSError, OverflowError, MemoryError):      # the last two: an index that lies
             pass
         shard, row = self._find(sample)
         return shard.read(row, extension, check)                  # knows what to do, or says what is wrong
