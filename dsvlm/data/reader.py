@@ -98,7 +98,7 @@ class ShardReader:
             file, descriptor, offsets, sizes, crcs = self._plain[extension][number]   # who holds a file keeps it open
             row = sample - starts[number]
             data = pread(descriptor, size := sizes[row], offset := offsets[row])
-            if offset and len(data) == size and (not check or crc32(data) == crcs[row]):
+            if offset and len(data) == size and sample >= 0 and (not check or crc32(data) == crcs[row]):
                 return data
         except (LookupError, OSError, OverflowError, MemoryError):      # the last two: an index that lies
             pass
@@ -306,7 +306,7 @@ class _Shard:
 
 
 def _near(starts: list[int]) -> tuple[int, list[int]]:
-    """(shift, shards): the shard of a sample is `shards[sample >> shift]` or one soon after it.
+    """(shift, shards): the shard of a sample is `shards[sample >> shift]` or one after it: the next, if sizes are even.
 
     starts: first sample of each shard, and their number at the end.
     """

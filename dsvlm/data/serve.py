@@ -17,6 +17,7 @@ import numpy as np
 
 from dsvlm.data.blocks import HEAD, BlockView, as_images
 from dsvlm.data.jobs import Job, carry_out, pack
+from dsvlm.data.locks import PATIENCE
 from dsvlm.data.reading import Reading
 
 STARTING, IDLE = -1, 0  # words of a worker; others are the number of a job and the place of an item in it
@@ -77,10 +78,13 @@ class Server:
         return as_images(self.view.show(start, count * 3 * size * size), size)
 
     def fetch(self, number: int, job: Job) -> None:
-        """Answers once the store has: jobs that need the bytes are sent then, and no worker is idle for them."""
+        """Answers once the bytes are here: jobs that need them are sent then, and no worker is idle for them.
+
+        Or after a while: a disk may block for longer, and who reads then asks the store itself.
+        """
         found = outcome(job, self.reading)
         if isinstance(found, list):
-            wait(found)  # what fails there, fails where it is read
+            wait(found, PATIENCE)  # what fails there, fails where it is read
             found = []
         self.answer(number, found)
         self.fetching.discard(number)

@@ -27,5 +27,6 @@ def test_samples_of_uneven_shards_are_found_and_few_files_stay_open(tmp_path, mo
         held = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
                 if os.path.lexists(f"/proc/self/fd/{name}")]
         assert sum(str(tmp_path) in path for path in held) <= 3
-    with pytest.raises(AssertionError, match="no sample of 89"):
-        reader.read(89, "json")
+    for number in (89, -1, -2, -100):
+        with pytest.raises(AssertionError, match="no sample of 89"):
+            reader.read(number, "json")

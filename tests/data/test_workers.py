@@ -192,7 +192,7 @@ def test_memory_does_not_grow_and_nothing_is_left(loading):
 
 @pytest.mark.parametrize("end", [lambda request: request.set_result(b""),
                                  lambda request: request.set_exception(RemoteError("gone"))])
-def test_a_hint_is_answered_once_the_store_has(end):
+def test_a_hint_is_answered_once_the_store_has_or_after_a_while(end, monkeypatch):
     """Texts and images that were asked for before would keep a worker waiting that has others to read."""
     class Hinted:
         def fetch(self, task, samples, step, after):
@@ -211,3 +211,7 @@ def test_a_hint_is_answered_once_the_store_has(end):
         end(requests[1])
         thread.join(10)
         assert pickle.loads(ours.recv(1000)[LENGTH.size:]) == (7, [])
+        requests.append(Future())                 # a disk that blocks
+        monkeypatch.setattr("dsvlm.data.serve.PATIENCE", 0.01)
+        server.fetch(8, Job("fetch", [(0, 3)], 5, after=[9]))
+        assert pickle.loads(ours.recv(1000)[LENGTH.size:]) == (8, []) and not server.fetching
