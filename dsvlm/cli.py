@@ -52,10 +52,10 @@ def train(args: argparse.Namespace) -> int:
     if args.nproc:
         from dsvlm.train.build import plan_run
         from dsvlm.train.engine import read_ds_config
-        from dsvlm.train.rundir import check_same_run
+        from dsvlm.train.rundir import check_start
 
         # What is wrong with the recipe, the shards or the run directory is said once, before ranks start.
-        check_same_run(plan_run(recipe))
+        check_start(plan_run(recipe))
         read_ds_config(recipe)
         arguments = ["train", args.recipe, *(part for override in args.set for part in ("--set", override))]
         return launch(arguments, args.nproc, recipe.run_dir)

@@ -27,6 +27,9 @@ LATER = {
     "schedule.controller": None, "model.moe": None,
 }  # fmt: skip
 
+# Files that are part of a run by their content, which run.json has (dsvlm.train.pretrained), wherever they lie.
+BY_CONTENT = ("model.vision.pretrained", "model.decoder.pretrained", "text.tokenizer")
+
 CUT = ("train.micro_batch", "train.micro_tokens", "train.buckets", "schedule.rounds", ".pack")  # of windows into units
 
 
@@ -249,6 +252,7 @@ class Recipe:
         # experts with room for a whole unit: how the window is cut is part of what the run is
         cut = CUT if self.model.moe and self.model.moe.group == "unit" else ()
         kept = {path: value for path, value in flat.items() if not is_execution(path) or path.endswith(cut)}
+        kept |= {path: "local files" for path in BY_CONTENT if kept[path] not in (None, "train")}
         return {path: value for path, value in kept.items() if path not in LATER or value != LATER[path]}
 
     def identity_hash(self) -> str:

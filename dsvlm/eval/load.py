@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsvlm.config import Recipe
-from dsvlm.data.tokenizer import TextCodec, load_tokenizer
+from dsvlm.data.tokenizer import TextCodec
 from dsvlm.data.transforms import make_decoder
 from dsvlm.train.build import make_model
 from dsvlm.train.checkpoint import complete_checkpoints, load_weights
-from dsvlm.train.rundir import decoder_of, read_recipe
+from dsvlm.train.pretrained import check_contents
+from dsvlm.train.rundir import decoder_of, load_own_tokenizer, read_recipe, read_run
 
 if TYPE_CHECKING:
     from dsvlm.model.git import GitVlm
@@ -48,7 +49,8 @@ def load_run(
     checkpoint = checkpoint or latest_checkpoint(run_dir)
     if kind == "ema" and not recipe.optim.ema:
         raise ValueError(f"{run_dir}: the run keeps no averaged weights (optim.ema is 0); leave --ema out")
-    codec = load_tokenizer(run_dir / "tokenizer", recipe.text.bins)
+    check_contents(recipe, read_run(run_dir).get("pretrained"))
+    codec = load_own_tokenizer(run_dir, recipe.text.bins)
     model = make_model(recipe, codec)
     load_weights(model, checkpoint, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import yaml
@@ -12,6 +13,7 @@ from dsvlm.data.transforms import check_decoder, resolve_decoder
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, make_tokenizer, manifest_record
 from dsvlm.train.checkpoint import complete_checkpoints, write_file
+from dsvlm.train.pretrained import check_contents, check_places
 
 
 def lock_run(run_dir: Path):
@@ -38,19 +40,53 @@ def prepare_run(planned: Planned, ranks: int = 1) -> None:
 
     ranks: of this start. Raises ValueError naming each field that differs.
     """
-    run_dir = planned.recipe.run_dir
-    check_same_run(planned)
-    check_same_ranks(planned.recipe, ranks)
+    recipe, run_dir = planned.recipe, planned.recipe.run_dir
+    begun = has_begun(run_dir)
+    if begun:
+        check_same_run(planned)
+        check_same_ranks(recipe, ranks)
+        check_same_tokenizer(recipe)
     decoder = run_decoder(planned)
-    if not (run_dir / "run.json").exists():
-        make_tokenizer(planned).save(run_dir / "tokenizer")
+    pretrained = check_contents(recipe, read_run(run_dir).get("pretrained") if begun else None)
+    if not begun:
+        codec = make_tokenizer(planned)
+        shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # of a start that failed before its first update
+        save_tokenizer(codec, run_dir / "tokenizer")
     # At every start: execution settings, such as where shards lie and are evaluated, may have changed.
-    write_file(run_dir / "recipe.yaml", yaml.safe_dump(planned.recipe.to_dict(), sort_keys=False).encode())
+    write_file(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
     # Last: a directory without run.json is one that was never started.
     record = identity_of(planned) | {"decoder": decoder}
-    if units_couple(planned.recipe):
+    if pretrained:
+        record["pretrained"] = pretrained
+    if units_couple(recipe):
         record["ranks"] = ranks
     write_file(run_dir / "run.json", json.dumps(record, indent=1, sort_keys=True).encode())
+
+
+def save_tokenizer(codec: TextCodec, directory: Path) -> None:
+    try:
+        codec.save(directory)
+    except Exception as error:  # the tokenizers library knows no other
+        raise OSError(f"{directory} cannot be written: {error}") from None
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether there is anything to go on with; a start that failed before its first update may be corrected."""
+    lines = run_dir / "metrics.jsonl"
+    told = lines.exists() and lines.stat().st_size > 0
+    return (run_dir / "run.json").exists() and (told or bool(complete_checkpoints(run_dir)))
+
+
+def read_run(run_dir: Path) -> dict:
+    """run.json, empty when there is none; ValueError when it is damaged."""
+    path = run_dir / "run.json"
+    try:
+        record = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        record = error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object; restore it, or set output to another directory")
+    return record
 
 
 def run_decoder(planned: Planned) -> str:
@@ -65,7 +101,7 @@ def decoder_of(recipe: Recipe, run_dir: Path) -> str:
     """The same, of a run that may have been moved."""
     path, name = run_dir / "run.json", recipe.data.decoder
     if name == "auto" and path.exists():
-        name = json.loads(path.read_text()).get("decoder", "pillow")  # runs that do not say it are older than others
+        name = read_run(run_dir).get("decoder", "pillow")  # runs that do not say it are older than others
     name = resolve_decoder(name)
     check_decoder(name)
     return name
@@ -89,7 +125,7 @@ def check_same_ranks(recipe: Recipe, ranks: int) -> None:
     path = recipe.run_dir / "run.json"
     if not units_couple(recipe) or not path.exists():
         return
-    began = json.loads(path.read_text())["ranks"]
+    began = read_run(recipe.run_dir)["ranks"]
     if began != ranks:
         raise ValueError(
             f"{recipe.run_dir}: began on {began} ranks, now {ranks}: with model.moe.group unit, images compete for "
@@ -97,12 +133,32 @@ def check_same_ranks(recipe: Recipe, ranks: int) -> None:
         )
 
 
+def check_same_tokenizer(recipe: Recipe) -> None:
+    """Raises ValueError when the recipe's tokenizer is not the run's, which has a copy and can do without."""
+    directory, own = recipe.text.tokenizer, recipe.run_dir / "tokenizer"
+    if directory == "train" or not Path(directory).is_dir():
+        return
+    given, kept = load_tokenizer(directory, recipe.text.bins), load_own_tokenizer(recipe.run_dir, recipe.text.bins)
+    if given.hash() != kept.hash():
+        raise ValueError(
+            f"text.tokenizer: {directory} is not the tokenizer that {recipe.run_dir} began with, of which {own} is a "
+            "copy: give that one, or set output to another directory"
+        )
+
+
+def check_start(planned: Planned) -> None:
+    """What can be said before ranks start: ValueError when a checkpoint is missing or the run that is there differs."""
+    check_places(planned.recipe)
+    if has_begun(planned.recipe.run_dir):
+        check_same_run(planned)
+
+
 def check_same_run(planned: Planned) -> None:
     """Raises ValueError, naming each field that differs, when the run directory holds another run."""
     run_dir, now = planned.recipe.run_dir, identity_of(planned)
     if not (run_dir / "run.json").exists():
         return
-    saved = json.loads((run_dir / "run.json").read_text())
+    saved = read_run(run_dir)
     remedies = {
         "recipe": "recipe or --set",
         "manifests": "data.root or the tasks' shards",
@@ -123,8 +179,14 @@ def open_run(planned: Planned) -> tuple[TextCodec, Path | None]:
     """Every rank's view of a prepared run: its tokenizer and its latest complete checkpoint."""
     recipe = planned.recipe
     checkpoints = complete_checkpoints(recipe.run_dir)
-    codec = load_tokenizer(recipe.run_dir / "tokenizer", recipe.text.bins)
-    return codec, checkpoints[-1] if checkpoints else None
+    return load_own_tokenizer(recipe.run_dir, recipe.text.bins), checkpoints[-1] if checkpoints else None
+
+
+def load_own_tokenizer(run_dir: Path, bins: int) -> TextCodec:
+    """The run's copy of its tokenizer; ValueError when it is gone."""
+    if not (run_dir / "tokenizer").is_dir():
+        raise ValueError(f"{run_dir}/tokenizer is gone, and with it the run's vocabulary; restore it from a copy")
+    return load_tokenizer(run_dir / "tokenizer", bins)
 
 
 def read_recipe(run_dir: Path) -> Recipe:

@@ -14,7 +14,7 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
-from dsvlm.train.rundir import prepare_run, run_decoder
+from dsvlm.train.rundir import open_run, prepare_run, run_decoder
 from tests.dist.recipes import tiny
 
 TASKS = {
@@ -155,6 +155,7 @@ def test_a_task_without_samples_is_refused_where_it_would_be_written(tmp_path):
 def test_a_run_is_not_gone_on_with_other_data_or_another_recipe(root, tmp_path):
     output = str(tmp_path / "run")
     prepare_run(plan_run(tiny(root, tasks=TASKS, output=output)))
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
     prepare_run(plan_run(tiny(root, tasks=TASKS, output=output, train__micro_batch=5)))  # execution may change
     with pytest.raises(ValueError, match="optim.lr: was 0.01, now 0.5"):
         prepare_run(plan_run(tiny(root, tasks=TASKS, output=output, optim__lr=0.5)))
@@ -163,6 +164,18 @@ def test_a_run_is_not_gone_on_with_other_data_or_another_recipe(root, tmp_path):
     shutil.move(root / "new/train", root / "train")
     with pytest.raises(ValueError, match="manifest of task locate.*restore the data.root"):
         prepare_run(plan_run(tiny(root, tasks=TASKS, output=output)))
+
+
+def test_a_start_that_failed_before_its_first_update_may_be_corrected(root, tmp_path):
+    """Its vocabulary, too, is made again: it may be what was wrong."""
+    output = str(tmp_path / "run")
+    prepare_run(plan_run(tiny(root, tasks=TASKS, output=output, text__vocab_size=48)))
+    corrected = plan_run(tiny(root, tasks=TASKS, output=output, optim__lr=0.5))
+    prepare_run(corrected)
+    assert open_run(corrected)[0].hash() == make_tokenizer(corrected).hash()
+    (tmp_path / "run/run.json").write_text("")
+    with pytest.raises(ValueError, match="run.json is damaged"):
+        prepare_run(corrected)
 
 
 def test_a_label_that_no_head_knows_is_masked(root):
