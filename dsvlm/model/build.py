@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from dsvlm.model.backbone import Kind, build_decoder, check_decoder, check_settings, kind_of
+from dsvlm.model.backbone import KINDS, Kind, build_decoder, check_decoder, check_settings, kind_of
 from dsvlm.model.backbone.attention import register
 from dsvlm.model.freeze import apply_freezing
 from dsvlm.model.git import GitVlm, GitVlmConfig
@@ -73,7 +76,10 @@ def _tower(config: VisionConfig) -> CLIPVisionModel:
     if config.pretrained is None:
         check_settings(CLIPVisionModel.config_class, config.config, "model.vision.config")
         return build_tower(config.config)
-    tower = load_pretrained(CLIPVisionModel, config.pretrained, "sdpa", unread=CLIP_UNREAD)
+    types = ("clip", "clip_vision_model")
+    tower = load_pretrained(
+        CLIPVisionModel, config.pretrained, "sdpa", "model.vision.pretrained", types, unread=CLIP_UNREAD
+    )
     check_tower(tower.config)
     return tower
 
@@ -83,7 +89,9 @@ def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[st
         check_settings(kind.config, config.config, "model.decoder.config")
         decoder = build_decoder(kind, {"vocab_size": vocab_size, **config.config, **tokens})
     else:
-        decoder = load_pretrained(kind.model, config.pretrained, kind.attention)
+        decoder = load_pretrained(
+            kind.model, config.pretrained, kind.attention, "model.decoder.pretrained", (kind.config.model_type,)
+        )
         check_decoder(decoder.config)
     if decoder.config.is_encoder_decoder and getattr(decoder.config, "decoder_start_token_id", None) is None:
         decoder.config.decoder_start_token_id = tokens["pad_token_id"]
@@ -93,24 +101,47 @@ def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[st
 
 
 def load_pretrained(
-    model_class: type[PreTrainedModel], directory: str, attention: str, unread: tuple[str, ...] = ()
-) -> PreTrainedModel:
+    model_class: type[PreTrainedModel], directory: str, attention: str, where: str, types: tuple[str, ...],
+    unread: tuple[str, ...] = (),
+) -> PreTrainedModel:  # fmt: skip
     """A model from a local Hugging Face directory; ValueError unless its weights are the model's, name by name.
 
+    where: the recipe's field, for messages; types: what its configuration may call itself.
     unread: prefixes of weights that the checkpoint may hold beyond the model's.
     """
-    if not Path(directory).is_dir():
-        raise ValueError(f"pretrained: {directory!r} is not a directory; give the path of a downloaded checkpoint")
-    model, report = model_class.from_pretrained(
-        directory, output_loading_info=True, attn_implementation=attention, dtype=torch.float32
-    )
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{where}: {directory} holds no config.json; give the local path of a downloaded checkpoint")
+    found = json.loads(path.read_text()).get("model_type")
+    if found not in types:
+        raise ValueError(
+            f"{where}: {directory} is a checkpoint of type {found!r}, expected {' or '.join(types)}"
+            + (f"; set model.decoder.kind: {found}" if found in KINDS and set(types) <= set(KINDS) else "")
+        )
+    with quiet_reports():
+        model, report = model_class.from_pretrained(
+            directory, output_loading_info=True, attn_implementation=attention, dtype=torch.float32,
+            local_files_only=True,
+        )  # fmt: skip
     for state in ("missing", "unexpected", "mismatched"):
         keys = [key if isinstance(key, str) else key[0] for key in report[f"{state}_keys"]]
         keys = sorted(key for key in keys if state != "unexpected" or not key.startswith(unread))
         if keys:
             shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-            raise ValueError(f"{directory}: {state} weights for {model_class.__name__}: {shown}")
+            raise ValueError(f"{where}: {directory}: {state} weights for {model_class.__name__}: {shown}")
     return model
+
+
+@contextmanager
+def quiet_reports():
+    """Without Transformers' table of weights that are missing or left over: hundreds of expected ones of a CLIP."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _settings(part: PreTrainedModel) -> dict:

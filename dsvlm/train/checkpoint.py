@@ -63,7 +63,7 @@ def is_complete(directory: Path) -> bool:
     try:
         files = json.loads((directory / "COMPLETE.json").read_text())["files"]
         return all((directory / name).stat().st_size == entry["size"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -116,6 +116,7 @@ def my_share(engine, whole) -> dict[str, Tensor]:
 
 def write_tensors(directory: Path, kind: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
     """Writes this rank's file of one kind; its entry for COMPLETE.json, or none when it has no tensor."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if not tensors:
@@ -123,7 +124,13 @@ def write_tensors(directory: Path, kind: str, tensors: dict[str, Tensor]) -> dic
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     path = directory / f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
+    try:
+        save_file(tensors, temporary)
+    except SafetensorError as error:  # of the system too: a disk that is full
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}; make room, or move the run directory") from None
+    # safetensors lets their owner alone read its files; these are for whom the others of the checkpoint are for
+    temporary.chmod((directory / "state.json").stat().st_mode)
     replace_durably(temporary, path)
     return {path.name: entry_of(path)}
 
@@ -146,9 +153,14 @@ def remove_old(run_dir: Path, keep: int) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    replace_durably(temporary, path)
+    """A file with its whole content or not at all; what a full disk leaves of it goes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        replace_durably(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def replace_durably(temporary: Path, path: Path) -> None:
@@ -169,7 +181,15 @@ def entry_of(path: Path) -> dict:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def check_entry(directory: Path, name: str, files: dict[str, dict]) -> None:
+    """ValueError unless a file is what COMPLETE.json says."""
+    if entry_of(directory / name) != files[name]:
+        raise ValueError(f"checkpoint {directory}: {name} is not the file that was written; remove the checkpoint")
+
+
 def read_state(directory: Path) -> RunState:
+    """The state of a complete checkpoint; ValueError when it is not the one that was written."""
+    check_entry(directory, "state.json", json.loads((directory / "COMPLETE.json").read_text())["files"])
     state = json.loads((directory / "state.json").read_text())
     if isinstance(state["manifests"], dict):  # as the first versions wrote it: a hash of each task
         state["manifests"] = hash_of(state["manifests"])
@@ -188,8 +208,7 @@ def read_tensors(directory: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
     if not names:
         raise ValueError(f"checkpoint {directory}: it holds no {kind}")
     for name in names:
-        if entry_of(directory / name) != files[name]:
-            raise ValueError(f"checkpoint {directory}: {name} is not the file that was written; remove the checkpoint")
+        check_entry(directory, name, files)
         with safe_open(directory / name, framework="pt") as tensors:
             for key in tensors.keys():
                 yield key, tensors.get_tensor(key)

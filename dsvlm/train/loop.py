@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -76,7 +77,15 @@ def train(recipe: Recipe) -> int:
     if ranks.rank == 0:
         clear_stop(recipe.run_dir)
         mark_requeue(recipe.run_dir, wanted=not finished)
+        print(ending(recipe, run.state.step, finished), flush=True)
     return 0
+
+
+def ending(recipe: Recipe, step: int, finished: bool) -> str:
+    if finished:
+        return f"{recipe.run_dir}: all {step:,} updates are done and saved; next: dsvlm eval {recipe.run_dir}"
+    done = f"{step:,} of {recipe.schedule.steps:,} updates"
+    return f"{recipe.run_dir}: stopped and saved after {done}; the same command goes on"
 
 
 def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
@@ -104,6 +113,8 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
         if planned.plan.control is not None:
             guard.together(planned.plan.control.restore, state.controller, state.step)
         guard.together(load_weights, model, checkpoint)
+    if rank == 0:
+        print(beginning(recipe, model, state.step, world_size), file=sys.stderr, flush=True)
     guard.together(share_experts, model, recipe)
     engine = make_engine(model.to(device), recipe)
     ema = None
@@ -123,6 +134,13 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
         Metrics, recipe.run_dir, rank, state.step, recipe.schedule.steps, recipe.train.log_every
     )
     return Run(recipe, planned, guard, loader, engine, ema, metrics, stop, state, layer_names(model))
+
+
+def beginning(recipe: Recipe, model, step: int, world_size: int) -> str:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    whole, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}, ZeRO {recipe.train.zero}, {recipe.train.dtype}"
+    return f"{recipe.run_dir}: {whole:,} parameters, {trained:,} of them train; {ranks}; from update {step:,}"
 
 
 def start_record(planned: Planned) -> dict:

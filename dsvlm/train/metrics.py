@@ -73,7 +73,10 @@ def read_lines(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break  # a line cut off by a kill
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows

@@ -1,6 +1,8 @@
 """A checkpoint is there whole or not at all, wherever a kill strikes."""
 
 import json
+import resource
+import signal
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -24,6 +26,7 @@ from dsvlm.train.checkpoint import (
     read_tensors,
     remove_old,
     write_file,
+    write_tensors,
 )
 
 STATE = RunState(step=8, seed=1, identity="ab", schedule_version=1, manifests="cd", bad=2, seen=64)
@@ -46,6 +49,26 @@ def write_checkpoint(run_dir, step, complete=True):
         files = {path.name: entry_of(path) for path in sorted(directory.iterdir())}
         write_file(directory / "COMPLETE.json", json.dumps({"format": 1, "step": step, "files": files}).encode())
     return directory
+
+
+def sealed_state(directory):
+    """The state of a checkpoint that holds nothing else."""
+    write_file(
+        directory / "COMPLETE.json", json.dumps({"files": {"state.json": entry_of(directory / "state.json")}}).encode()
+    )
+    return read_state(directory)
+
+
+def test_a_state_that_was_changed_is_no_state(tmp_path):
+    """Of the same size, and so of a checkpoint that looks complete: an update would be left out."""
+    directory = write_checkpoint(tmp_path, 8)
+    text = (directory / "state.json").read_text()
+    (directory / "state.json").write_text(text.replace('"step": 8', '"step": 9'))
+    assert is_complete(directory)
+    with pytest.raises(ValueError, match="state.json is not the file that was written; remove the checkpoint"):
+        read_state(directory)
+    (directory / "COMPLETE.json").write_text("[]")
+    assert not is_complete(directory)
 
 
 def test_latest_complete_one_is_last(tmp_path):
@@ -73,13 +96,13 @@ def test_state_is_small(tmp_path, steps, phases, limit):
         assert again.state.start == steps and np.array_equal(again.state.tasks, control.state.tasks)
     begin(tmp_path / "step", state)
     assert (tmp_path / "step/state.json").stat().st_size < limit
-    assert read_state(tmp_path / "step") == state
+    assert sealed_state(tmp_path / "step") == state
 
 
 def test_skipped_updates_are_written(tmp_path):
     state = replace(STATE, skipped=3)
     begin(tmp_path / "step", state)
-    assert read_state(tmp_path / "step") == state and state.applied == 5
+    assert sealed_state(tmp_path / "step") == state and state.applied == 5
 
 
 def test_state_of_an_older_version(tmp_path):
@@ -87,7 +110,7 @@ def test_state_of_an_older_version(tmp_path):
     old = {"step": 8, "seed": 1, "identity": "ab", "schedule_version": 1, "manifests": {"caption": "cd"}, "bad": 2,
            "seen": 64}  # fmt: skip
     (tmp_path / "state.json").write_text(json.dumps(old))
-    assert read_state(tmp_path) == RunState(8, 1, "ab", 1, hash_of({"caption": "cd"}), 2, 64, "", 0)
+    assert sealed_state(tmp_path) == RunState(8, 1, "ab", 1, hash_of({"caption": "cd"}), 2, 64, "", 0)
 
 
 def test_killed_before_the_mark(tmp_path):
@@ -158,3 +181,28 @@ def test_old_checkpoints_and_halves_go_the_newest_stay(tmp_path):
     remove_old(tmp_path, keep=2)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_00000024", "step_00000032", half.name]
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+    """The library's own error is none that ranks tell each other of."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    begin(tmp_path / "step", STATE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="weights-00000-of-00001.safetensors cannot be written: .*make room"):
+            write_tensors(tmp_path / "step", "weights", {"weight": torch.zeros(2**14)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.name for path in (tmp_path / "step").iterdir()] == ["state.json"]
+
+
+def test_who_may_read_one_file_may_read_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    begin(tmp_path / "step", STATE)
+    write_tensors(tmp_path / "step", "weights", {"weight": torch.zeros(2)})
+    assert len({path.stat().st_mode for path in (tmp_path / "step").iterdir()}) == 1
