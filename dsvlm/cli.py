@@ -30,7 +30,8 @@ def add_train(commands) -> None:
     parser = commands.add_parser(
         "train",
         help="train a recipe, or go on with it where it stopped",
-        description="Trains a recipe. Started again with the same recipe, it goes on from the last checkpoint.",
+        description="Trains a recipe. Started again with the same recipe, it goes on from the last checkpoint. Ended by "
+        "a signal it saves, and returns 0.",
         epilog="example: dsvlm train quickstart --nproc 2 --set schedule.steps=100 --set output=runs/short",
     )
     add_recipe(parser)
@@ -108,7 +109,8 @@ def add_eval(commands) -> None:
     parser = commands.add_parser(
         "eval",
         help="score a run on its validation sets",
-        description="Answers validation samples; prints each task's metrics, chance beside them; writes RUN/eval.json.",
+        description="Answers validation samples; prints each task's metrics, chance beside them; writes RUN/eval.json "
+        "and every answer into RUN/eval_samples.jsonl.",
         epilog="example: dsvlm eval runs/quickstart --tasks question,locate --samples 100 --json",
     )
     add_run(parser)
@@ -126,7 +128,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
     tasks = [name for name in args.tasks.split(",") if name]
     result = evaluate(args.run_dir, tasks, args.samples, args.ema, progress=sys.stderr.isatty())
-    print(json.dumps(result) if args.json else render(result))
+    written = f"written: {args.run_dir / 'eval.json'}, {args.run_dir / 'eval_samples.jsonl'}"
+    print(json.dumps(result) if args.json else f"{render(result)}\n{written}")
     return 0
 
 
@@ -174,7 +177,8 @@ def add_export(commands) -> None:
     parser = commands.add_parser(
         "export",
         help="write a run as a Hugging Face folder",
-        description="Writes weights (LoRA merged), tokenizer, processor and model card; loads with from_pretrained.",
+        description="Writes weights (LoRA merged), tokenizer, processor and model card, which says how "
+        "dsvlm.export.GitVlm loads them.",
         epilog="example: dsvlm export runs/quickstart out/",
     )
     add_run(parser)

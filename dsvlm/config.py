@@ -65,7 +65,7 @@ class VisionConfig:
 class DecoderConfig:
     kind: str = "opt"  # opt | llama | mpt | t5
     pretrained: str | None = None
-    config: dict = field(default_factory=dict)  # OPTConfig, LlamaConfig or T5Config arguments
+    config: dict = field(default_factory=dict)  # OPTConfig, LlamaConfig, MptConfig or T5Config arguments
 
 
 @dataclass(frozen=True)

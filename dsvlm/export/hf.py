@@ -36,6 +36,8 @@ def export_run(run_dir: str | Path, out: str | Path, ema: bool = False) -> Path:
         merge_lora(model)
     use_cpu_without_gpu()  # save_pretrained imports whatever could have wrapped the model, DeepSpeed among it
     model.cpu().save_pretrained(out)
+    for path in out.glob("*.safetensors"):  # which safetensors lets their owner alone read
+        path.chmod((out / "config.json").stat().st_mode)
     check_tensors(model, out)
     settings = processor_settings(recipe, model)
     GitProcessor(codec, settings).save_pretrained(out)
