@@ -30,8 +30,8 @@ def add_train(commands) -> None:
     parser = commands.add_parser(
         "train",
         help="train a recipe, or go on with it where it stopped",
-        description="Trains a recipe. Started again with the same recipe, it goes on from the last checkpoint. Ended by "
-        "a signal it saves, and returns 0.",
+        description="Trains a recipe. Started again with the same recipe, it goes on from the last checkpoint. "
+        "Ended by a signal it saves, and returns 0.",
         epilog="example: dsvlm train quickstart --nproc 2 --set schedule.steps=100 --set output=runs/short",
     )
     add_recipe(parser)

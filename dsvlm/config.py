@@ -24,11 +24,11 @@ EXECUTION = (
 # Fields that came after the first runs: at these values they are no part of the identity, and older runs keep theirs.
 LATER = {
     "data.decoder": "auto", "data.dct_scaling": False, "schedule.mixture": None, "schedule.phases": [],
-    "schedule.controller": None, "model.moe": None,
+    "schedule.controller": None, "model.moe": None, "model.start_from": None,
 }  # fmt: skip
 
 # Files that are part of a run by their content, which run.json has (dsvlm.train.pretrained), wherever they lie.
-BY_CONTENT = ("model.vision.pretrained", "model.decoder.pretrained", "text.tokenizer")
+BY_CONTENT = ("model.vision.pretrained", "model.decoder.pretrained", "model.start_from", "text.tokenizer")
 
 CUT = ("train.micro_batch", "train.micro_tokens", "train.buckets", "schedule.rounds", ".pack")  # of windows into units
 
@@ -109,6 +109,7 @@ class MoeConfig:
 class ModelConfig:
     vision: VisionConfig
     decoder: DecoderConfig
+    start_from: str | None = None  # an earlier run, whose trained weights this one begins with
     freeze: tuple[str, ...] = ()  # patterns over parameter names; one that matches nothing is an error
     train: tuple[str, ...] = ()  # patterns that make trainable again what freeze or lora froze
     lora: LoraSettings | None = None

@@ -11,9 +11,8 @@ import numpy as np
 from dsvlm.config import Recipe
 from dsvlm.data.tokenizer import TextCodec
 from dsvlm.data.transforms import make_decoder
-from dsvlm.train.build import make_model
 from dsvlm.train.checkpoint import complete_checkpoints, load_weights
-from dsvlm.train.pretrained import check_contents
+from dsvlm.train.pretrained import begin_model, check_contents
 from dsvlm.train.rundir import decoder_of, load_own_tokenizer, read_recipe, read_run
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def load_run(
         raise ValueError(f"{run_dir}: the run keeps no averaged weights (optim.ema is 0); leave --ema out")
     check_contents(recipe, read_run(run_dir).get("pretrained"))
     codec = load_own_tokenizer(run_dir, recipe.text.bins)
-    model = make_model(recipe, codec)
+    model = begin_model(recipe, codec)
     load_weights(model, checkpoint, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return recipe, codec, model.to(device).eval()

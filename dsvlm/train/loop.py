@@ -15,7 +15,7 @@ from dsvlm.data.loader import Draft, LoadedWindow, Loader
 from dsvlm.data.transforms import decoder_version
 from dsvlm.schedule.digest import combine, digest, fingerprint, mark
 from dsvlm.schedule.plan import SCHEDULE_VERSION
-from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, make_model, manifest_record, plan_run
+from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, manifest_record, plan_run
 from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_checkpoint
 from dsvlm.train.engine import forget_gradients, make_engine, read_ds_config
 from dsvlm.train.experts import share_experts
@@ -25,6 +25,7 @@ from dsvlm.train.lengths import lengths_record, make_run_lengths, open_lengths
 from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
+from dsvlm.train.pretrained import begin_model
 from dsvlm.train.routing import layer_names, routing_row
 from dsvlm.train.rundir import lock_run, open_run, prepare_run, run_decoder
 from dsvlm.train.window import WindowSums, run_window, target_weights, teaching
@@ -103,7 +104,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     })  # fmt: skip
     guard.first(make_run_lengths, planned, codec)
     guard.same(lengths_record(guard.together(open_lengths, planned, codec)))
-    model = guard.together(make_model, recipe, codec)
+    model = guard.together(begin_model, recipe, codec)
     image_size = model.config.vision_settings["image_size"]
     loader = guard.together(make_loader, planned, codec, image_size, rank, world_size, decoder)
     manifests = hash_of(manifest_record(planned.manifests))

@@ -1,11 +1,56 @@
-"""Checkpoints that a recipe begins from: they are part of a run by what is in them, wherever they lie."""
+"""What a recipe's model begins with: checkpoints of others, and an earlier run of one's own.
+
+They are part of a run by what is in them, wherever they lie.
+"""
 
 from pathlib import Path
 
 from dsvlm.config import Recipe
 from dsvlm.data.checksum import crc32
+from dsvlm.data.tokenizer import TextCodec, load_tokenizer
+from dsvlm.train.build import make_model
+from dsvlm.train.checkpoint import complete_checkpoints, is_complete, read_tensors
 
 PIECE = 2**24  # bytes read at a time
+
+
+def begin_model(recipe: Recipe, codec: TextCodec):
+    """The recipe's model as its run begins: `make_model`, then the weights of `model.start_from`.
+
+    Raises ValueError when they are of another vocabulary, or one of them has no place in the model.
+    """
+    model, checkpoint = make_model(recipe, codec), start_checkpoint(recipe)
+    if checkpoint is None:
+        return model
+    tokenizer = checkpoint.parents[1] / "tokenizer"
+    if not tokenizer.is_dir() or load_tokenizer(tokenizer, recipe.text.bins).hash() != codec.hash():
+        raise ValueError(f"model.start_from: it has another vocabulary than this run; set text.tokenizer: {tokenizer}")
+    # What LoRA has wrapped since goes by its old name.
+    places = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    for name, tensor in read_tensors(checkpoint, "weights"):
+        place = places.get(name)
+        if place is None or place.shape != tensor.shape:
+            found = "no such parameter" if place is None else f"there the shape {list(place.shape)}"
+            raise ValueError(
+                f"model.start_from: {checkpoint} holds {name} {list(tensor.shape)}, and this model has {found}: it "
+                "must have all that was trained there (tasks with heads, experts, adapters and sizes alike)"
+            )
+        place.data.copy_(tensor)
+    return model
+
+
+def start_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint of an earlier run to begin with: one that is given, or the newest of a run that is."""
+    if recipe.model.start_from is None:
+        return None
+    given = Path(recipe.model.start_from)
+    found = [given] if is_complete(given) else complete_checkpoints(given)
+    if not found:
+        raise ValueError(
+            f"model.start_from: {given} holds no complete checkpoint; give the directory of a run, or one of its "
+            "checkpoints/step_..."
+        )
+    return found[-1]
 
 
 def check_places(recipe: Recipe) -> None:
@@ -16,15 +61,16 @@ def check_places(recipe: Recipe) -> None:
                 f"{field}: {directory} holds no config.json: give the local directory of a downloaded Hugging Face "
                 "checkpoint; of a run that has been moved, RUN/recipe.yaml has the field"
             )
+    start_checkpoint(recipe)
 
 
 def contents(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """crc32 of the configuration and every file of weights of each checkpoint, by the recipe's field."""
+    """crc32 of the files that decide what the model begins with, by the recipe's field."""
     check_places(recipe)
-    return {
-        field: {path.name: f"{crc_of(path):08x}" for path in weights_of(directory)}
-        for field, directory in places(recipe).items()
-    }
+    files = {field: weights_of(directory) for field, directory in places(recipe).items()}
+    if checkpoint := start_checkpoint(recipe):
+        files["model.start_from"] = [checkpoint / "COMPLETE.json"]  # which has the sha256 of the others
+    return {field: {path.name: f"{crc_of(path):08x}" for path in paths} for field, paths in files.items()}
 
 
 def check_contents(recipe: Recipe, record: dict[str, dict[str, str]] | None) -> dict[str, dict[str, str]]:
@@ -40,8 +86,8 @@ def check_contents(recipe: Recipe, record: dict[str, dict[str, str]] | None) -> 
         if changed:
             name = changed[0]
             raise ValueError(
-                f"{field}: {name} in {places(recipe)[field]} is not the file that the run began with (crc32 "
-                f"{known.get(name, 'of none')}, now {files.get(name, 'of none')}): give the checkpoint that it was"
+                f"{field}: {name} is not the file that the run began with (crc32 {known.get(name, 'of none')}, now "
+                f"{files.get(name, 'of none')}): give the checkpoint that it was"
             )
     return found
 

@@ -1,11 +1,13 @@
 """Checkpoints that a run begins from: the same by their content, wherever they lie."""
 
 import json
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from dsvlm.config import parse_recipe
@@ -13,6 +15,8 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.tokenizer import load_tokenizer
 from dsvlm.eval.load import load_run
 from dsvlm.train.build import make_model, make_tokenizer, plan_run
+from dsvlm.train.checkpoint import RunState, directory_of, entry_of, write_file
+from dsvlm.train.pretrained import begin_model
 from dsvlm.train.rundir import check_start, prepare_run
 from tests.dist.recipes import DECODERS, RAW, VISION
 
@@ -55,6 +59,13 @@ def recipe_of(root, output, tower="clip-1", **text):
     return parse_recipe(RAW | where | {"text": text, "tasks": TASKS, "model": model_of(tower, root)})
 
 
+def alter(tokenizer):
+    path = tokenizer / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["model"]["vocab"][-1][1] -= 1.0
+    path.write_text(json.dumps(definition))
+
+
 def begin(recipe):
     """A run with an update behind it."""
     prepare_run(plan_run(recipe))
@@ -77,7 +88,7 @@ def test_other_weights_at_the_same_place_are_another_run(root, tmp_path):
     begin(recipe)
     shutil.rmtree(root / "clip-1")
     shutil.move(root / "clip-2", root / "clip-1")
-    expected = r"model.vision.pretrained: model.safetensors in .*clip-1 is not the file that the run began with \(crc32"
+    expected = r"model.vision.pretrained: model.safetensors is not the file that the run began with \(crc32"
     with pytest.raises(ValueError, match=expected):
         prepare_run(plan_run(recipe))
     (recipe.run_dir / "checkpoints/step_00000001").mkdir(parents=True)
@@ -89,10 +100,7 @@ def test_other_weights_at_the_same_place_are_another_run(root, tmp_path):
 def test_another_tokenizer_is_another_run(root, tmp_path):
     recipe = recipe_of(root, tmp_path / "run")
     begin(recipe)
-    path = root / "tokenizer/tokenizer.json"
-    definition = json.loads(path.read_text())
-    definition["model"]["vocab"][-1][1] -= 1.0
-    path.write_text(json.dumps(definition))
+    alter(root / "tokenizer")
     with pytest.raises(ValueError, match="is not the tokenizer that .*run began with"):
         prepare_run(plan_run(recipe))
 
@@ -111,3 +119,64 @@ def test_the_kind_of_a_checkpoint_is_told(root, tmp_path):
     opt = replace(recipe.model, decoder=replace(recipe.model.decoder, kind="opt"))
     with pytest.raises(ValueError, match="type 'llama', expected opt; set model.decoder.kind: llama"):
         make_model(replace(recipe, model=opt), codec)
+
+
+def stage_of(root, output, start_from, **model):
+    """Two stages as LLaVA's: the connector alone, then LoRA on the decoder too."""
+    recipe = recipe_of(root, output).to_dict()
+    recipe["model"] |= {"start_from": start_from and str(start_from), **model}
+    return parse_recipe(recipe)
+
+
+def save_weights(recipe, names="^connector", seed=3):
+    """A checkpoint of a run, as if it had trained the parameters of these names; what it holds."""
+    begin(recipe)
+    codec = load_tokenizer(recipe.run_dir / "tokenizer", recipe.text.bins)
+    generator, model = torch.Generator().manual_seed(seed), make_model(recipe, codec)
+    tensors = {
+        name: torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters()
+        if re.search(names, name)
+    }
+    directory = directory_of(recipe.run_dir, 1)
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "weights-00000-of-00001.safetensors")
+    write_file(directory / "state.json", json.dumps(asdict(RunState(1, 0, "", 1, ""))).encode())
+    files = {path.name: entry_of(path) for path in directory.iterdir()}
+    write_file(directory / "COMPLETE.json", json.dumps({"format": 1, "step": 1, "files": files}).encode())
+    return tensors
+
+
+@pytest.mark.parametrize("names", ["^connector", "^connector|^decoder.*(q_proj|down_proj)"])
+def test_a_second_stage_begins_with_the_weights_of_the_first(root, tmp_path, names):
+    first = stage_of(root, tmp_path / "first", None, freeze=["^vision", "^decoder"])
+    trained = save_weights(first, names)
+    second = stage_of(root, tmp_path / "second", first.run_dir, lora={"targets": ["q_proj"], "r": 2})
+    codec = load_tokenizer(root / "tokenizer", second.text.bins)
+    model = dict(begin_model(second, codec).named_parameters())
+    plain = dict(make_model(second, codec).named_parameters())
+    for name, parameter in model.items():
+        expected = trained.get(name.replace(".base_layer.", "."), plain[name].data)
+        assert torch.equal(parameter.data, expected), name
+    begin(second)
+    moved = shutil.move(first.run_dir, tmp_path / "moved")
+    begin(stage_of(root, tmp_path / "second", moved, lora={"targets": ["q_proj"], "r": 2}))
+    assert second.identity() != stage_of(root, "", None, lora={"targets": ["q_proj"], "r": 2}).identity()
+    save_weights(stage_of(root, tmp_path / "other", None, freeze=["^vision", "^decoder"]), seed=4)
+    with pytest.raises(ValueError, match="model.start_from: COMPLETE.json is not the file that the run began with"):
+        begin(stage_of(root, tmp_path / "second", tmp_path / "other", lora={"targets": ["q_proj"], "r": 2}))
+
+
+def test_a_start_that_does_not_fit_is_refused(root, tmp_path):
+    first = stage_of(root, tmp_path / "first", None, freeze=["^vision", "^decoder"])
+    codec = load_tokenizer(root / "tokenizer", first.text.bins)
+    with pytest.raises(ValueError, match="model.start_from: .*first holds no complete checkpoint"):
+        check_start(plan_run(stage_of(root, tmp_path / "second", first.run_dir)))
+    save_weights(first, "^vision")
+    step = first.run_dir / "checkpoints/step_00000001"
+    small = VISION | {"hidden_size": 8, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match=r"model.start_from: .* holds vision\S+ \[.*\], and this model has"):
+        begin_model(stage_of(root, tmp_path / "second", step, vision={"config": small}), codec)
+    alter(first.run_dir / "tokenizer")
+    with pytest.raises(ValueError, match="it has another vocabulary than this run; set text.tokenizer: .*first/tok"):
+        begin_model(stage_of(root, tmp_path / "second", step), codec)
