@@ -51,7 +51,12 @@ class TaskType(ABC):
         return merge_text(segments)
 
     def fill(self, name: str, record: dict) -> Segment:
-        return Boxes((tuple(record["box"]),)) if name == "box" else Text(str(record[name]))
+        if name == "box":
+            return Boxes((tuple(record["box"]),))
+        value = record[name]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):  # null would become the word "None"
+            raise TypeError(f"{name}: {value!r:.80} is neither text nor a number")
+        return Text(str(value))
 
     def sample(self, record: dict) -> Sample:
         """The question and its target."""

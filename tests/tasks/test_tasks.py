@@ -59,7 +59,26 @@ def test_detection_counts_names_and_missed_objects():
     assert kind.score([f"cat{left} dog{right}"], [record], 16)["f1"] == 0
     assert kind.score([f"dog{left}"], [record], 16)["f1"] == pytest.approx(2 / 3)
     assert kind.score([f"dog{left} dog{left} cat{right}"], [record], 16)["f1"] == pytest.approx(4 / 5)
+    assert [name for name, _ in kind.parse(f"dog<loc_1> cat{left}<loc_1> dog{left}{left}", 16)] == ["cat", "dog", ""]
     assert kind.parse(f"dog{left} cat<loc_1>", 16) == [("dog", pytest.approx(kind.parse(f"dog{left}", 16)[0][1]))]
+
+
+@pytest.mark.parametrize("name", ["dog", "a<b", "<3", "<loc_>", "two\nlines", "a  b", "big red dog"])
+def test_any_name_is_found_in_its_own_target(name):
+    kind = TASK_TYPES["detect"]()
+    record = {"objects": [{"name": name, "box": list(LEFT)}, {"name": "cat", "box": list(RIGHT)}]}
+    answer = " ".join(
+        s.text if isinstance(s, Text) else "".join(encode_box(box, 16) for box in s.boxes) for s in kind.target(record)
+    )
+    assert kind.score([answer], [record], 16)["f1"] == 1
+    assert kind.score([answer.replace(" <loc_", "<loc_")], [record], 16)["f1"] == 1
+
+
+@pytest.mark.parametrize("value", [None, True, ["red"], {"a": 1}])
+def test_a_field_that_is_neither_text_nor_a_number_is_no_prompt(value):
+    with pytest.raises(TypeError, match="question: .* is neither text nor a number"):
+        TASK_TYPES["vqa"]().question({"question": value})
+    assert TASK_TYPES["vqa"]().question({"question": 5})[1] == Text("5")
 
 
 def test_word_f1_is_not_symmetric_in_its_arguments_by_accident():
