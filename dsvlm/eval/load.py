@@ -49,7 +49,7 @@ def load_run(
     if kind == "ema" and not recipe.optim.ema:
         raise ValueError(f"{run_dir}: the run keeps no averaged weights (optim.ema is 0); leave --ema out")
     codec = load_tokenizer(run_dir / "tokenizer", recipe.text.bins)
-    model = make_model(recipe, codec)
+    model = make_model(recipe, codec, trains=False)
     load_weights(model, checkpoint, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return recipe, codec, model.to(device).eval()

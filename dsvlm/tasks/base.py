@@ -8,6 +8,7 @@ import string
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from numbers import Number
 
 from dsvlm.data.boxes import decode_boxes
 from dsvlm.data.sample import Box, Boxes, Image, Sample, Segment, Text
@@ -22,12 +23,14 @@ class TaskType(ABC):
     prompt: str
     fields: tuple[str, ...] = ()  # of a record that a prompt may name
     metric: str = "exact"  # the first figure of a report
+    writes_boxes: bool = False  # whether answers hold location tokens
 
     def __init__(self, prompt: str | None = None):
         if prompt is not None:
             self.prompt = prompt
         self.parts = [(literal.strip(), name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
         names = [name for _, name in self.parts if name is not None]
+        self.has_boxes = self.writes_boxes or "box" in names  # whether it reads or writes location tokens
         for name in names:
             if name not in self.fields:
                 raise ValueError(
@@ -54,7 +57,7 @@ class TaskType(ABC):
         if name == "box":
             return Boxes((tuple(record["box"]),))
         value = record[name]
-        if isinstance(value, bool) or not isinstance(value, str | int | float):  # null would become the word "None"
+        if isinstance(value, bool) or not isinstance(value, (str, Number)):  # null would become the word "None"
             raise TypeError(f"{name}: {value!r:.80} is neither text nor a number")
         return Text(str(value))
 

@@ -15,6 +15,7 @@ class Detect(TaskType):
 
     prompt = "list all objects"
     metric = "f1"
+    writes_boxes = True
 
     def target(self, record: dict) -> tuple[Segment, ...]:
         segments: list[Segment] = []

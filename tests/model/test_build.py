@@ -7,7 +7,8 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from dsvlm.config import DecoderConfig, ModelConfig, VisionConfig
-from dsvlm.model.build import sinusoids
+from dsvlm.model.backbone import kind_of
+from dsvlm.model.build import build_model, sinusoids
 from dsvlm.model.lora import merge_lora
 
 
@@ -134,6 +135,36 @@ def test_pretrained_parts_keep_their_weights(tools, checkpoints, tower):
     assert model.get_input_embeddings().weight.shape[0] == tools.vocab
     assert model.get_output_embeddings().weight.shape[0] == tools.vocab
     assert torch.isfinite(model(tools.collate(tools.mixed))["loss_sum"])
+
+
+INPUT = {"opt": "decoder.model.decoder.embed_tokens.weight", "llama": "decoder.model.embed_tokens.weight",
+         "mpt": "decoder.transformer.wte.weight", "t5": "decoder.shared.weight"}  # fmt: skip
+
+
+def test_rows_added_for_boxes_must_train(tools, kind, tmp_path):
+    """LoRA and freezing leave them as they were made, all alike."""
+    settings = kind_of(kind).config(
+        **tools.recipe(kind).decoder.config, vocab_size=30, tie_word_embeddings=kind != "llama"
+    )
+    kind_of(kind).model(settings).save_pretrained(tmp_path)
+    names = [INPUT[kind]] + ["decoder.lm_head.weight"] * (kind == "llama")
+
+    def build(boxes=("where",), vocab_size=tools.vocab, **more):
+        config = ModelConfig(
+            vision=tools.recipe().vision, decoder=DecoderConfig(kind=kind, pretrained=str(tmp_path)), **more
+        )
+        ids = {"pad_id": tools.pad, "bos_id": tools.bos, "eos_id": tools.eos}
+        return build_model(config, vocab_size=vocab_size, **ids, heads={}, seed=0, boxes=boxes)
+
+    lora = tools.lora(targets=(r"\.(q_proj|q|Wqkv)$",))
+    for frozen in ({"lora": lora}, {"freeze": ("^decoder",)}):
+        with pytest.raises(ValueError, match="task where could not tell") as error:
+            build(**frozen)
+        assert str(error.value).endswith(f"add {', '.join(map(repr, names))} to model.train")
+        assert set(names) <= trainable(build(**frozen, train=tuple(names)))
+        build(boxes=(), **frozen)
+        build(vocab_size=30, **frozen)
+    build()
 
 
 def test_incomplete_and_foreign_checkpoints(tools, checkpoints, tmp_path):

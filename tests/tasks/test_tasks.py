@@ -39,6 +39,11 @@ def test_templates_can_be_replaced_and_are_checked():
     assert region[1:] == (Text("what is in the region"), Boxes((LEFT,)), Text("?"))
 
 
+def test_task_types_know_whether_they_have_boxes():
+    assert [name for name, kind in TASK_TYPES.items() if kind().has_boxes] == ["classify", "locate", "detect"]
+    assert not TASK_TYPES["classify"]("what is it?").has_boxes
+
+
 def test_a_perfect_answer_scores_one():
     codes = [encode_box(box, 16) for box in (LEFT, RIGHT)]
     answers = {
