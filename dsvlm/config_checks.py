@@ -214,8 +214,8 @@ def check_sizes(model: ModelConfig) -> None:
 def check_room(recipe: Recipe) -> None:
     """Whether the longest row, one image and text.max_length tokens, has a position for each token."""
     vision, decoder = recipe.model.vision.config, recipe.model.decoder
-    if decoder.kind != "opt" or decoder.pretrained or recipe.model.vision.pretrained:
-        return  # other positions have no table; a checkpoint's table is checked when it is read
+    if decoder.kind not in ("opt", "llama") or decoder.pretrained or recipe.model.vision.pretrained:
+        return  # other positions have no end; a checkpoint's table is checked when it is read
     tokens = tokens_of_image(vision["image_size"], vision["patch_size"])
     room = decoder.config.get("max_position_embeddings", 2048)
     if tokens + recipe.text.max_length > room:
