@@ -93,7 +93,7 @@ def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[st
     else:
         decoder = load_pretrained(kind.model, config.pretrained, kind.attention)
         check_decoder(decoder.config)
-    if decoder.config.is_encoder_decoder and getattr(decoder.config, "decoder_start_token_id", None) is None:
+    if decoder.config.is_encoder_decoder:  # what training writes there, whatever a checkpoint was pretrained with
         decoder.config.decoder_start_token_id = tokens["pad_token_id"]
     return decoder
 
