@@ -100,6 +100,11 @@ def check_model(model: ModelConfig) -> None:
             check_pattern(f"model.{path}", pattern)
     if model.lora:
         at_least("model.lora.r", model.lora.r, 1)
+        if not model.lora.targets:
+            raise ValueError(
+                "model.lora.targets: empty, so no layer would get an adapter; name linear layers of the decoder, for "
+                "example ['q_proj$', 'v_proj$'], or remove model.lora"
+            )
         within("model.lora.dropout", model.lora.dropout, 0.0, 0.9)
     if model.moe:
         check_moe(model)

@@ -28,7 +28,13 @@ class TaskType(ABC):
     def __init__(self, prompt: str | None = None):
         if prompt is not None:
             self.prompt = prompt
-        self.parts = [(literal.strip(), name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
+        try:
+            self.parts = [(literal.strip(), name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
+        except ValueError as error:
+            raise ValueError(
+                f"prompt {self.prompt!r}: {error}; close each {{ that opens a field, and write braces that are text "
+                "twice, as {{ and }}"
+            ) from None
         names = [name for _, name in self.parts if name is not None]
         self.has_boxes = self.writes_boxes or "box" in names  # whether it reads or writes location tokens
         for name in names:

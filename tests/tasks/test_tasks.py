@@ -35,6 +35,9 @@ def test_templates_can_be_replaced_and_are_checked():
     assert kind.question({"name": "dog", "boxes": []})[1] == Text("find every dog here")
     with pytest.raises(ValueError, match=r"no field \{nmae\}.*name"):
         TASK_TYPES["locate"]("find {nmae}")
+    for prompt in ("{question", "question}", "{question}}"):
+        with pytest.raises(ValueError, match=r"prompt '.*question.*'.*; close each { that opens a field"):
+            TASK_TYPES["vqa"](prompt)
     region = TASK_TYPES["classify"]().question(RECORDS["classify"])
     assert region[1:] == (Text("what is in the region"), Boxes((LEFT,)), Text("?"))
 

@@ -76,7 +76,7 @@ def free_padding_row(decoder: PreTrainedModel) -> None:
 
 
 def check_decoder(config: PreTrainedConfig) -> None:
-    """ValueError if head counts do not divide, if layers are dropped at random, or if positions depend on the batch."""
+    """ValueError if head counts do not divide, or for settings under which a decoder cannot be used here."""
     heads = config.num_attention_heads
     if not config.is_encoder_decoder and config.hidden_size % heads:
         raise ValueError(f"decoder: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
@@ -87,6 +87,8 @@ def check_decoder(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"decoder: layerdrop {config.layerdrop} skips modules at random, which ZeRO-3 cannot do; set layerdrop to 0"
         )
+    if not config.return_dict:
+        raise ValueError("decoder: return_dict false gives outputs without names, which are asked for; remove it")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     rope_type = rope.get("rope_type", rope.get("type"))
     if rope_type in ("dynamic", "longrope"):
