@@ -58,7 +58,8 @@ def task_table(recipe: Recipe) -> list[str]:
     rows = ["| task | type | prompt | answer |", "|---|---|---|---|"]
     types = task_types(recipe)
     for name, task in recipe.tasks.items():
-        rows.append(f"| {name} | {task.type} | `{types[name].prompt}` | {answer_form(task)} |")
+        prompt = types[name].prompt.replace("\n", "\\n").replace("|", "\\|")  # one row, four cells
+        rows.append(f"| {name} | {task.type} | `{prompt}` | {answer_form(task)} |")
     return rows
 
 

@@ -8,6 +8,7 @@ import string
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from numbers import Number
 
 from dsvlm.data.boxes import decode_boxes
@@ -17,7 +18,8 @@ from dsvlm.data.sample import Box, Boxes, Image, Sample, Segment, Text
 class TaskType(ABC):
     """One task type with its prompt template.
 
-    prompt: text with fields in braces that the record fills, for example "where is the {name}?".
+    prompt: text with fields in braces that the record fills, for example "where is the {name}?"; it is read as it is
+    written, spaces and newlines too, but for those at its ends and beside boxes.
     """
 
     prompt: str
@@ -29,7 +31,7 @@ class TaskType(ABC):
         if prompt is not None:
             self.prompt = prompt
         try:
-            self.parts = [(literal.strip(), name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
+            self.parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
         except ValueError as error:
             raise ValueError(
                 f"prompt {self.prompt!r}: {error}; close each {{ that opens a field, and write braces that are text "
@@ -53,11 +55,10 @@ class TaskType(ABC):
         """The image and the prompt with a record's values in place of its fields."""
         segments: list[Segment] = [Image()]
         for literal, name in self.parts:
-            if literal:
-                segments.append(Text(literal))
+            segments.append(Text(literal))
             if name is not None:
                 segments.append(self.fill(name, record))
-        return merge_text(segments)
+        return join_text(segments)
 
     def fill(self, name: str, record: dict) -> Segment:
         if name == "box":
@@ -95,17 +96,18 @@ class TaskType(ABC):
         return decode_boxes(answer, bins)
 
 
-def merge_text(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Joins neighbouring text segments by a space, so that a word of a record is tokenised as in running text."""
-    merged: list[Segment] = []
-    for segment in segments:
-        last = merged[-1] if merged else None
-        if isinstance(segment, Text) and isinstance(last, Text) and segment.loss == last.loss:
-            glue = "" if segment.text[:1] in "?.!,:;" else " "
-            merged[-1] = Text(last.text + glue + segment.text, segment.loss)
-        else:
-            merged.append(segment)
-    return tuple(merged)
+def join_text(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Neighbouring texts as one, as written; whitespace at a prompt's ends and beside boxes is dropped.
+
+    `data.tokenizer.prompt_segments` does so with what people type: the same text has the ids of training.
+    """
+    joined: list[Segment] = []
+    for is_text, run in groupby(segments, lambda segment: isinstance(segment, Text)):
+        if not is_text:
+            joined += run
+        elif text := "".join(segment.text for segment in run).strip():
+            joined.append(Text(text))
+    return tuple(joined)
 
 
 def normalise(text: str) -> str:

@@ -2,8 +2,10 @@
 
 import pytest
 
+from dsvlm.config import RECIPES, load_recipe
 from dsvlm.data.boxes import encode_box
 from dsvlm.data.sample import Boxes, Image, Text
+from dsvlm.data.tokenizer import prompt_segments
 from dsvlm.tasks import TASK_TYPES
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -28,6 +30,37 @@ def test_question_is_the_sample_without_its_target(name):
     target = sample.segments[len(question) :]
     assert all(s.loss for s in target)
     assert bool(target) != (sample.label is not None)
+
+
+ASKED = {
+    "caption": (Text("describe the image"),), "vqa": (Text("what colour?"),), "locate": (Text("where is the dog?"),),
+    "classify": (Text("what is in the region"), Boxes((LEFT,)), Text("?")), "detect": (Text("list all objects"),),
+    "pair": (Text("a dog"),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [None, *sorted(path.stem for path in RECIPES.glob("*.yaml"))])
+def test_prompts_of_task_types_and_shipped_recipes_read_as_they_always_did(recipe):
+    """Their ids are in trained models."""
+    if recipe is None:
+        types = {name: (name, None) for name in TASK_TYPES}
+    else:
+        types = {name: (task.type, task.prompt) for name, task in load_recipe(recipe).tasks.items()}
+    for name, prompt in types.values():
+        assert TASK_TYPES[name](prompt).question(RECORDS[name]) == (Image(), *ASKED[name])
+
+
+@pytest.mark.parametrize("name, prompt, record, text", [
+    ("vqa", "Question: {question}\nAnswer:", {"question": "red?"}, "Question: red?\nAnswer:"),
+    ("vqa", "  {question} \n", {"question": " what? "}, "what?"),
+    ("vqa", "say {{yes}} or no: {question}", {"question": "red?"}, "say {yes} or no: red?"),
+    ("locate", "({name})", {"name": "cat"}, "(cat)"),
+    ("locate", "where is the {name}?", {"name": ".NET"}, "where is the .NET?"),
+    ("locate", "{name}s and  {name}", {"name": "cat"}, "cats and  cat"),
+])  # fmt: skip
+def test_a_template_is_read_as_it_is_written_and_as_it_would_be_typed(name, prompt, record, text):
+    question = TASK_TYPES[name](prompt).question(record)
+    assert question == (Image(), Text(text)) == (Image(), *prompt_segments(text))
 
 
 def test_templates_can_be_replaced_and_are_checked():
