@@ -100,6 +100,11 @@ def check_model(model: ModelConfig) -> None:
             check_pattern(f"model.{path}", pattern)
     if model.lora:
         at_least("model.lora.r", model.lora.r, 1)
+        if not model.lora.targets:
+            raise ValueError(
+                "model.lora.targets: empty, so no layer would get an adapter; name linear layers of the decoder, for "
+                "example ['q_proj$', 'v_proj$'], or remove model.lora"
+            )
         within("model.lora.dropout", model.lora.dropout, 0.0, 0.9)
     if model.moe:
         check_moe(model)
@@ -214,8 +219,8 @@ def check_sizes(model: ModelConfig) -> None:
 def check_room(recipe: Recipe) -> None:
     """Whether the longest row, one image and text.max_length tokens, has a position for each token."""
     vision, decoder = recipe.model.vision.config, recipe.model.decoder
-    if decoder.kind != "opt" or decoder.pretrained or recipe.model.vision.pretrained:
-        return  # other positions have no table; a checkpoint's table is checked when it is read
+    if decoder.kind not in ("opt", "llama") or decoder.pretrained or recipe.model.vision.pretrained:
+        return  # other positions have no end; a checkpoint's table is checked when it is read
     tokens = tokens_of_image(vision["image_size"], vision["patch_size"])
     room = decoder.config.get("max_position_embeddings", 2048)
     if tokens + recipe.text.max_length > room:

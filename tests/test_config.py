@@ -37,6 +37,7 @@ def raw():
         ("model.decoder.kind=gpt", ["model.decoder.kind", "'gpt'"]),
         ("model.decoder.pretrained=somewhere", ["text.tokenizer"]),
         ("model.freeze=['(']", ["model.freeze", "'('"]),
+        ("model.lora={targets: []}", ["model.lora.targets", "empty", "q_proj"]),
         ("train.zero=4", ["train.zero", "4"]),
         ("text.bins=1", ["text.bins", "1"]),
         ("seed=-1", ["seed", "-1"]),

@@ -30,7 +30,7 @@ def parsed(*overrides):
     (["tasks.one.pack=true", "model.decoder.kind=t5"], "tasks.one.pack: an encoder-decoder"),
     (["tasks.two.pack=true", "schedule.rounds=packed"], "tasks.one.pack: false, but tasks.two.pack is true"),
     (["tasks.one.pack=true", "schedule.strategy=mixed"], "tasks.two.pack: false, but tasks.one.pack is true"),
-    (["text.max_length=70000", "model.decoder.kind=llama"], "text.max_length: 70000 must be between"),
+    (["text.max_length=70000", "model.decoder.kind=mpt"], "text.max_length: 70000 must be between"),
 ])  # fmt: skip
 def test_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
@@ -48,3 +48,13 @@ def test_identity_stays():
     """Cutting by length may be switched on, changed and off while a run goes on."""
     assert parsed().identity() == parsed("train.micro_tokens=0").identity()
     assert parsed().identity() == parsed("tasks.one.pack=true", "train.buckets=3").identity()
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_a_row_has_a_position_for_each_token(kind):
+    """Also where positions are no table: an evaluation would have no room for an answer."""
+    overrides = ["train.micro_tokens=0", f"model.decoder.kind={kind}"]
+    assert parsed(*overrides, "model.decoder.config.max_position_embeddings=65")
+    with pytest.raises(ValueError, match=r"text.max_length: 48 tokens after 17 image tokens .*embeddings \(64\)"):
+        parsed(*overrides, "model.decoder.config.max_position_embeddings=64")
+    assert parsed(*overrides, "model.decoder.pretrained=somewhere", "text.tokenizer=somewhere")

@@ -20,7 +20,7 @@ from dsvlm.data.encode import encode_record, masked_sample
 from dsvlm.data.reader import BadSample
 from dsvlm.data.tokenizer import TextCodec
 
-VERSION = 1  # of what a record becomes: raise it when encode_record or a task type's template changes
+VERSION = 2  # of what a record becomes: raise it when encode_record or a task type's template changes
 LARGEST = 2**16 - 1
 CHUNK = 4096  # samples that a process counts at a time
 

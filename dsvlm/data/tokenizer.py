@@ -142,6 +142,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, bins: int) -> TextCod
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=vocab_size,
         hard_vocab_limit=False, character_coverage=1.0, num_threads=1, minloglevel=2,
+        normalization_rule_name="identity",  # the backend below normalises nothing: what is read is what is learnt
         pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="<pad>", bos_piece="<s>", eos_piece="</s>", unk_piece="<unk>",
     )  # fmt: skip
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())

@@ -67,9 +67,11 @@ def evaluate(
         with tqdm(total=len(kept), desc=name, unit="sample", file=sys.stderr, disable=not progress) as bar:
             texts = answer_task(recipe, codec, model, name, kept, bar)
         records = [sample.record for sample in kept]
+        metrics = kind.score(texts, records, codec.bins)
         results[name] = {
             "type": recipe.tasks[name].type, "metric": kind.metric, "prompt": kind.prompt, "samples": len(kept),
-            "skipped": min(count, len(reader)) - len(kept), "metrics": kind.score(texts, records, codec.bins),
+            "skipped": min(count, len(reader)) - len(kept),
+            "metrics": metrics if kept else dict.fromkeys(metrics),  # without a sample there is no score, not 0
             "chance": chance(recipe, name, kind, records), "manifest": reader.manifest.hash,
         }  # fmt: skip
         rows += [row_of(name, kind, codec, reader, sample, text) for sample, text in zip(kept, texts, strict=True)]
@@ -198,8 +200,8 @@ def render(result: dict) -> str:
     for name, task in result["tasks"].items():
         for metric, value in task["metrics"].items():
             guess = task["chance"] if metric == task["metric"] else None
-            shown = "-" if guess is None else f"{guess:.3f}"
-            rows.append((name, task["type"], metric, f"{value:.3f}", shown, str(task["samples"])))
+            shown = ("-" if number is None else f"{number:.3f}" for number in (value, guess))
+            rows.append((name, task["type"], metric, *shown, str(task["samples"])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     skipped = {name: task["skipped"] for name, task in result["tasks"].items() if task["skipped"]}

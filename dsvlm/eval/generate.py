@@ -41,9 +41,9 @@ class Room:
         positions = getattr(config, "max_position_embeddings", None)  # T5 has none: its positions are relative
         return cls(positions and positions - model.vision.tokens, config.is_encoder_decoder)
 
-    def answer(self, batch: Batch, wanted: int) -> int:
-        """New tokens that can be asked for, at most `wanted`."""
-        return wanted if self.text is None else min(wanted, self.text - batch.tokens.shape[1])
+    def answer(self, prompt: int, wanted: int) -> int:
+        """New tokens that can be asked for after a prompt of so many, at most `wanted`."""
+        return wanted if self.text is None else min(wanted, self.text - prompt)
 
 
 def answers(
@@ -54,13 +54,19 @@ def answers(
     batch: questions decoded together; bar: a tqdm bar to move on, or None. An answer has at most max_new_tokens tokens,
     and no more than the decoder's positions have room for.
     """
-    texts, room = [], Room.of(model)
-    for inputs in batches(model, codec, questions, room, batch):
-        limit = room.answer(inputs, max_new_tokens)
-        written = model.generate(inputs.pixels, inputs.image_row, inputs.tokens, inputs.lengths, limit, codec.eos_id)
-        texts += [codec.decode(until_eos(ids, codec.eos_id)) for ids in written.tolist()]
-        if bar is not None:
-            bar.update(len(written))
+    texts, room = [""] * len(questions), Room.of(model)
+    prompts = [len(encode_question(codec, segments, room).tokens) for segments, _ in questions]
+    limits = [room.answer(prompt, max_new_tokens) for prompt in prompts]
+    # together only what may write equally much: a long prompt would cut the answers of the short ones beside it
+    for limit in sorted(set(limits), reverse=True):
+        alike = [number for number, own in enumerate(limits) if own == limit]
+        left = iter(alike)
+        for inputs in batches(model, codec, [questions[number] for number in alike], room, batch):
+            ids = model.generate(inputs.pixels, inputs.image_row, inputs.tokens, inputs.lengths, limit, codec.eos_id)
+            for written in ids.tolist():
+                texts[next(left)] = codec.decode(until_eos(written, codec.eos_id))
+            if bar is not None:
+                bar.update(len(ids))
     return texts
 
 

@@ -50,7 +50,7 @@ def load_run(
         raise ValueError(f"{run_dir}: the run keeps no averaged weights (optim.ema is 0); leave --ema out")
     check_contents(recipe, read_run(run_dir).get("pretrained"))
     codec = load_own_tokenizer(run_dir, recipe.text.bins)
-    model = begin_model(recipe, codec)
+    model = begin_model(recipe, codec, trains=False)
     load_weights(model, checkpoint, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return recipe, codec, model.to(device).eval()

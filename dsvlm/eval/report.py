@@ -118,15 +118,19 @@ def results(result: dict | None, run_dir: Path) -> str:
 def result_row(name: str, task: dict) -> str:
     score, chance = task["metrics"][task["metric"]], task["chance"]
     mark = "" if chance is None else f'<b style="left:calc({100 * chance:.1f}% - 1px)"></b>'
-    also = ", ".join(f"{words(k)} {v:.3f}" for k, v in task["metrics"].items() if k != task["metric"])
+    also = ", ".join(f"{words(k)} {figure(v)}" for k, v in task["metrics"].items() if k != task["metric"])
     samples = f"{task['samples']:,}" + (f" ({task['skipped']} skipped)" if task["skipped"] else "")
     return (
         f"<tr><td><strong>{escape(name)}</strong></td><td>{escape(words(task['metric']))}</td>"
-        f"<td class='number'>{score:.3f}</td>"
-        f"<td><div class='bar'><i style='width:{100 * score:.1f}%'></i>{mark}</div></td>"
-        f"<td class='number'>{'&ndash;' if chance is None else f'{chance:.3f}'}</td><td>{escape(also)}</td>"
+        f"<td class='number'>{figure(score)}</td>"
+        f"<td><div class='bar'><i style='width:{100 * (score or 0):.1f}%'></i>{mark}</div></td>"
+        f"<td class='number'>{figure(chance)}</td><td>{escape(also)}</td>"
         f"<td class='number'>{samples}</td></tr>"
     )
+
+
+def figure(value: float | None) -> str:
+    return "&ndash;" if value is None else f"{value:.3f}"
 
 
 def words(metric: str) -> str:
@@ -159,8 +163,8 @@ def answers(recipe: Recipe, result: dict | None, rows: list[dict]) -> str:
     ]
     for name, task in result["tasks"].items():
         mine = [row for row in rows if row["task"] == name]
-        share = f"{words(task['metric'])} {task['metrics'][task['metric']]:.3f}"
-        parts.append(f"<h3>{escape(name)}<small>{escape(share)} on {task['samples']} samples</small></h3>")
+        share = f"{escape(words(task['metric']))} {figure(task['metrics'][task['metric']])}"
+        parts.append(f"<h3>{escape(name)}<small>{share} on {task['samples']} samples</small></h3>")
         parts.append(gallery(recipe, name, task["metric"], mine))
     return "\n".join(parts)
 

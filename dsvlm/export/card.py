@@ -58,7 +58,8 @@ def task_table(recipe: Recipe) -> list[str]:
     rows = ["| task | type | prompt | answer |", "|---|---|---|---|"]
     types = task_types(recipe)
     for name, task in recipe.tasks.items():
-        rows.append(f"| {name} | {task.type} | `{types[name].prompt}` | {answer_form(task)} |")
+        prompt = types[name].prompt.replace("\n", "\\n").replace("|", "\\|")  # one row, four cells
+        rows.append(f"| {name} | {task.type} | `{prompt}` | {answer_form(task)} |")
     return rows
 
 
@@ -74,6 +75,6 @@ def evaluation(result: dict | None) -> list[str]:
     for name, task in result["tasks"].items():
         for metric, value in task["metrics"].items():
             known = metric == task["metric"] and task["chance"] is not None
-            guess = f"{task['chance']:.3f}" if known else ""
-            rows.append(f"| {name} | {metric} | {value:.3f} | {guess} | {task['samples']} |")
+            guess, score = f"{task['chance']:.3f}" if known else "", "-" if value is None else f"{value:.3f}"
+            rows.append(f"| {name} | {metric} | {score} | {guess} | {task['samples']} |")
     return [*rows, "", "On the first samples of each task's validation set. Chance: the best guess without the image."]

@@ -78,7 +78,7 @@ class GitProcessor:
         limit = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         return {
             "pixels": batch.pixels, "image_row": batch.image_row, "tokens": batch.tokens, "lengths": batch.lengths,
-            "max_new_tokens": room.answer(batch, limit), "eos_id": self.codec.eos_id,
+            "max_new_tokens": room.answer(batch.tokens.shape[1], limit), "eos_id": self.codec.eos_id,
         }  # fmt: skip
 
     def decode(self, ids) -> str:

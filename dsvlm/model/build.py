@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,13 +31,15 @@ CLIP_UNREAD = ("text_model.", "text_projection.", "visual_projection.", "logit_s
 
 
 def build_model(
-    config: ModelConfig, *, vocab_size: int, pad_id: int, bos_id: int, eos_id: int, heads: dict[str, int], seed: int
-) -> GitVlm:
+    config: ModelConfig, *, vocab_size: int, pad_id: int, bos_id: int, eos_id: int, heads: dict[str, int], seed: int,
+    boxes: Sequence[str] = (),
+) -> GitVlm:  # fmt: skip
     """The model of a recipe, its parameters frozen and adapted as it says; the caller's random state is not touched.
 
     vocab_size: tokens of the tokenizer, for which embedding rows are added where the decoder has fewer;
-    heads: classes per head of the bank, in the order of `Batch.head`. Sizes that conflict, and weights missing from or
-    left over in a checkpoint, are a ValueError.
+    heads: classes per head of the bank, in the order of `Batch.head`; boxes: tasks that read or write location tokens.
+    Sizes that conflict, weights missing from or left over in a checkpoint, and added rows that such tasks need but that
+    would not train, are a ValueError.
     """
     register()
     tokens = {"pad_token_id": pad_id, "bos_token_id": bos_id, "eos_token_id": eos_id}
@@ -45,6 +48,9 @@ def build_model(
         kind = kind_of(config.decoder.kind)
         tower = _tower(config.vision)
         decoder = _decoder(kind, config.decoder, vocab_size, tokens)
+        added = max(0, vocab_size - decoder.config.vocab_size)
+        if added:
+            decoder.resize_token_embeddings(vocab_size)
         model = GitVlm(
             GitVlmConfig(
                 decoder_kind=config.decoder.kind,
@@ -67,6 +73,8 @@ def build_model(
         if config.lora is not None:
             apply_lora(model, config.lora)
     apply_freezing(model, config.freeze, config.train)
+    if added and boxes:
+        check_added_rows(model, added, boxes)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
@@ -93,10 +101,8 @@ def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[st
             kind.model, config.pretrained, kind.attention, "model.decoder.pretrained", (kind.config.model_type,)
         )
         check_decoder(decoder.config)
-    if decoder.config.is_encoder_decoder and getattr(decoder.config, "decoder_start_token_id", None) is None:
+    if decoder.config.is_encoder_decoder:  # what training writes there, whatever a checkpoint was pretrained with
         decoder.config.decoder_start_token_id = tokens["pad_token_id"]
-    if decoder.config.vocab_size < vocab_size:
-        decoder.resize_token_embeddings(vocab_size)
     return decoder
 
 
@@ -142,6 +148,18 @@ def quiet_reports():
         yield
     finally:
         logger.setLevel(level)
+
+
+def check_added_rows(model: GitVlm, added: int, tasks: Sequence[str]) -> None:
+    """ValueError if rows that were added for location tokens are frozen: they start alike, and would stay so."""
+    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    frozen = [name for name, p in model.named_parameters() if id(p) in ends and not p.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"model.train: the decoder got {added} rows for tokens that its checkpoint does not have, location tokens "
+            f"among them, but model.lora or model.freeze keeps {' and '.join(frozen)} as they are, so that task "
+            f"{', '.join(tasks)} could not tell places apart; add {', '.join(map(repr, frozen))} to model.train"
+        )
 
 
 def _settings(part: PreTrainedModel) -> dict:

@@ -149,6 +149,8 @@ class GitVlm(PreTrainedModel):
 
         pixels, image_row, tokens, lengths: as in `Batch`. Returns [B, <= max_new_tokens] int64, pad after EOS.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"generate: max_new_tokens {max_new_tokens} must be at least 1")
         training = self.training
         self.eval()
         try:

@@ -48,7 +48,7 @@ def build_tower(settings: dict) -> CLIPVisionModel:
 
 
 def check_tower(config: CLIPVisionConfig) -> None:
-    """ValueError if patches do not tile the image or heads do not divide the hidden size."""
+    """ValueError for sizes that do not fit together, or that are none of images in colour."""
     if config.image_size % config.patch_size:
         raise ValueError(f"vision: image_size {config.image_size} is not a multiple of patch_size {config.patch_size}")
     if config.hidden_size % config.num_attention_heads:
@@ -56,3 +56,7 @@ def check_tower(config: CLIPVisionConfig) -> None:
             f"vision: hidden_size {config.hidden_size} is not a multiple of "
             f"num_attention_heads {config.num_attention_heads}"
         )
+    if config.num_channels != 3:
+        raise ValueError(f"vision: num_channels {config.num_channels}, but images have 3, red, green and blue; use 3")
+    if not config.return_dict:
+        raise ValueError("vision: return_dict false gives outputs without names, which are asked for; remove it")

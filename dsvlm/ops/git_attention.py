@@ -9,6 +9,7 @@ from dsvlm.ops.git_backends import flex, math, sdpa, two_call
 from dsvlm.ops.git_choice import choose
 from dsvlm.ops.git_kernel import kernel
 from dsvlm.ops.git_mask import GitMask
+from dsvlm.ops.library import same_device
 
 BACKENDS = ("auto", "kernel", "two_call", "flex", "sdpa", "math")
 
@@ -35,10 +36,12 @@ def git_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"git_attention: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    check(q, k, v, mask, alibi_slopes)
+    check(q, k, v, mask, alibi_slopes, dropout)
     if backend == "auto":
         backend = choose(q, k, v, mask, alibi_slopes, dropout)
     refuse(backend, q, mask, alibi_slopes, dropout)
+    if backend in ("two_call", "flex") and not q.numel():
+        backend = "math"  # PyTorch's have no empty batches and no empty rows
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "kernel":
         return kernel(q, k, v, mask.rows, scale, alibi_slopes)
@@ -64,7 +67,7 @@ def git_attention(
     return torch.where(live, out.transpose(1, 2), 0)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor | None, dropout: float) -> None:
     """ValueError if the inputs do not fit each other, whatever backend is to serve them."""
     if not isinstance(mask, GitMask):
         found = type(mask).__name__
@@ -89,6 +92,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor |
             f"git_attention: alibi_slopes are [H], one for each of {q.shape[2]} heads, found "
             f"{tuple(alibi_slopes.shape)}"
         )
+    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
+        found = f"{q.dtype}, {k.dtype}, {v.dtype}".replace("torch.", "")
+        raise ValueError(f"git_attention: q, k and v have one floating point dtype, found {found}; cast them")
+    same_device("git_attention", q.device, k=k, v=v, mask=rows, alibi_slopes=alibi_slopes)
+    if not 0.0 <= dropout <= 1.0:  # also NaN
+        raise ValueError(f"git_attention: dropout={dropout}; expected a probability, from 0 to 1")
 
 
 def refuse(backend: str, q: Tensor, mask: GitMask, alibi_slopes: Tensor | None, dropout: float) -> None:

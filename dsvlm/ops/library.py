@@ -40,3 +40,10 @@ def constant(function: Callable) -> Callable:
     that imports all of torch._dynamo for it, a second in every process."""
     function._dynamo_marked_constant = True
     return function
+
+
+def same_device(op: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """ValueError naming the first tensor that is elsewhere: a compiled op would read memory that is not its own."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, the others are on {device}; move it there")

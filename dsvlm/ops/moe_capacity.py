@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 CONVENTIONS = ("vmoe", "deepspeed", "megatron", "tutel")
+LARGEST = 1e6  # factor: infinity and NaN have no number of rows
 
 
 def expert_capacity(
@@ -14,10 +15,10 @@ def expert_capacity(
     megatron: ceil(tokens * k / experts * factor); tutel: k * int(factor * ceil(tokens / experts)). minimum: at least so
     many. Take `tokens` from the plan, not from this rank's batch: then no rank waits for another one's count.
     """
-    if tokens < 0 or experts < 1 or not 1 <= k <= experts or factor < 0:
+    if tokens < 0 or experts < 1 or not 1 <= k <= experts or not 0 <= factor <= LARGEST:
         raise ValueError(
             f"expert_capacity: tokens={tokens}, experts={experts}, k={k}, factor={factor}; expected tokens >= 0, "
-            "1 <= k <= experts, factor >= 0"
+            f"1 <= k <= experts, 0 <= factor <= {LARGEST:g}"
         )
     if convention == "vmoe":
         rows = -(-_ceil(tokens * k * factor / experts) // 4) * 4

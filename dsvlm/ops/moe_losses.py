@@ -35,11 +35,12 @@ def limoe_aux(
     """
     count = torch.as_tensor(count, dtype=prob_sum.dtype, device=prob_sum.device)
     tau = torch.as_tensor(tau, dtype=prob_sum.dtype, device=prob_sum.device)
-    if prob_sum.dim() != 2 or count.shape != ent_sum.shape or tau.shape != ent_sum.shape:
-        raise ValueError(
-            f"limoe_aux: prob_sum {list(prob_sum.shape)}, ent_sum {list(ent_sum.shape)}, count {list(count.shape)} and "
-            f"tau {list(tau.shape)} do not fit; expected [M, E], [M], [M], [M]"
-        )
+    tables = {"prob_sum": prob_sum, "loadp_sum": loadp_sum}
+    numbers = {"ent_sum": ent_sum, "z2_sum": z2_sum, "count": count, "tau": tau}
+    fits = prob_sum.dim() == 2 and loadp_sum.shape == prob_sum.shape
+    if not fits or any(x.shape != prob_sum.shape[:1] for x in numbers.values()):
+        found = ", ".join(f"{name} {list(x.shape)}" for name, x in (tables | numbers).items())
+        raise ValueError(f"limoe_aux: {found} do not fit; expected [M, E] for the first two, [M] for the others")
     present, safe = count > 0, count.clamp(min=1)
     mean = prob_sum / safe[:, None]
     mean_entropy = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum(dim=1)

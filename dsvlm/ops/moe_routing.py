@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsvlm.ops import moe_reference as reference
+from dsvlm.ops.library import same_device
 from dsvlm.ops.moe_kernel import Combine, Permute, Route, kernel_refuses
 
 BACKENDS = ("auto", "kernel", "torch")
@@ -75,6 +76,7 @@ def moe_route(
     backend: "kernel" (compiled; no double backward), "torch" (reference), "auto". Nothing waits for the device.
     """
     limits = _limits(capacity)
+    k, align, num_modalities = _whole("k", k), _whole("align", align), _whole("num_modalities", num_modalities)
     _check_route(logits, k, limits, policy, slot_order, align, num_modalities, load_sigma)
     tokens, experts = logits.shape
     if pool is None and len(limits) > 1:
@@ -97,6 +99,7 @@ def moe_route(
     ):
         if given is not None and given.shape != shape:
             raise ValueError(f"moe_route: {name} is {list(given.shape)}, expected {list(shape)} as logits say")
+    same_device("moe_route", logits.device, noise=noise, modality=modality, valid=valid, pool=pool)
     if valid is not None and valid.dtype != torch.bool:
         raise ValueError(f"moe_route: valid is {valid.dtype}, expected torch.bool (True = a token, False = padding)")
     for name, given, below in (("modality", modality, num_modalities), ("pool", pool, len(limits))):
@@ -126,6 +129,7 @@ def moe_permute(x: Tensor, src: Tensor, slot: Tensor, *, backend: str = "auto") 
     """
     if x.dim() != 2 or slot.dim() != 2 or slot.shape[0] != x.shape[0]:
         raise ValueError(f"moe_permute: x {list(x.shape)}, slot {list(slot.shape)}; expected [N, d] and [N, K]")
+    same_device("moe_permute", x.device, src=src, slot=slot)
     if _served_by_kernel("moe_permute", backend, x):
         return Permute.apply(x.contiguous(), src.contiguous(), slot.contiguous())
     return reference.permute(x, src, slot.shape[1])
@@ -141,6 +145,7 @@ def moe_combine(y: Tensor, weight: Tensor, slot: Tensor, src: Tensor, *, backend
             f"moe_combine: y {list(y.shape)}, src {list(src.shape)}, weight {list(weight.shape)} and slot "
             f"{list(slot.shape)} do not fit; expected [max_rows, d], [max_rows], [N, K], [N, K]"
         )
+    same_device("moe_combine", y.device, weight=weight, slot=slot, src=src)
     weight = weight.to(torch.promote_types(y.dtype, torch.float32))
     if _served_by_kernel("moe_combine", backend, y):
         return Combine.apply(*(each.contiguous() for each in (y, weight, slot, src)))
@@ -163,8 +168,17 @@ def _limits(capacity: int | Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"moe_route: capacity={capacity!r}; expected an integer, or a list of them") from None
 
 
+def _whole(name: str, value: int) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise ValueError(f"moe_route: {name}={value!r}; expected an integer") from None
+
+
 def _check_numbers(name: str, given: Tensor | None, below: int) -> None:
-    """On the CPU alone: a device would have to be waited for, and a compiled graph has no values yet."""
+    """Values on the CPU alone: a device would have to be waited for, and a compiled graph has none yet."""
+    if given is not None and (given.is_floating_point() or given.is_complex()):
+        raise ValueError(f"moe_route: {name} is {given.dtype}, expected integers")
     if given is None or not given.numel() or given.device.type != "cpu" or torch.compiler.is_compiling():
         return
     least, most = (int(x) for x in given.aminmax())
@@ -202,7 +216,7 @@ def _check_route(
             raise ValueError(f"moe_route: unknown {name} {value!r}; choose one of {', '.join(allowed)}")
     if not 1 <= len(limits) <= 256 or min(limits) < -1:
         raise ValueError(f"moe_route: capacity={limits}; expected 1 to 256 numbers >= 0, or -1 for dropless")
-    if align < 1 or not 1 <= num_modalities <= 256 or not (load_sigma == 0 or load_sigma >= 1e-30):
+    if align < 1 or not 1 <= num_modalities <= 256 or not (load_sigma == 0 or 1e-30 <= load_sigma < float("inf")):
         raise ValueError(
             f"moe_route: align={align}, num_modalities={num_modalities}, load_sigma={load_sigma}; expected align >= 1, "
             "1 to 256 modalities, load_sigma 0 or at least 1e-30 (divisions by less leave fp32's range)"

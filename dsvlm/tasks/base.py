@@ -8,6 +8,8 @@ import string
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from numbers import Number
 
 from dsvlm.data.boxes import decode_boxes
 from dsvlm.data.sample import Box, Boxes, Image, Sample, Segment, Text
@@ -16,18 +18,27 @@ from dsvlm.data.sample import Box, Boxes, Image, Sample, Segment, Text
 class TaskType(ABC):
     """One task type with its prompt template.
 
-    prompt: text with fields in braces that the record fills, for example "where is the {name}?".
+    prompt: text with fields in braces that the record fills, for example "where is the {name}?"; it is read as it is
+    written, spaces and newlines too, but for those at its ends and beside boxes.
     """
 
     prompt: str
     fields: tuple[str, ...] = ()  # of a record that a prompt may name
     metric: str = "exact"  # the first figure of a report
+    writes_boxes: bool = False  # whether answers hold location tokens
 
     def __init__(self, prompt: str | None = None):
         if prompt is not None:
             self.prompt = prompt
-        self.parts = [(literal.strip(), name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
+        try:
+            self.parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
+        except ValueError as error:
+            raise ValueError(
+                f"prompt {self.prompt!r}: {error}; close each {{ that opens a field, and write braces that are text "
+                "twice, as {{ and }}"
+            ) from None
         names = [name for _, name in self.parts if name is not None]
+        self.has_boxes = self.writes_boxes or "box" in names  # whether it reads or writes location tokens
         for name in names:
             if name not in self.fields:
                 raise ValueError(
@@ -44,14 +55,18 @@ class TaskType(ABC):
         """The image and the prompt with a record's values in place of its fields."""
         segments: list[Segment] = [Image()]
         for literal, name in self.parts:
-            if literal:
-                segments.append(Text(literal))
+            segments.append(Text(literal))
             if name is not None:
                 segments.append(self.fill(name, record))
-        return merge_text(segments)
+        return join_text(segments)
 
     def fill(self, name: str, record: dict) -> Segment:
-        return Boxes((tuple(record["box"]),)) if name == "box" else Text(str(record[name]))
+        if name == "box":
+            return Boxes((tuple(record["box"]),))
+        value = record[name]
+        if isinstance(value, bool) or not isinstance(value, (str, Number)):  # null would become the word "None"
+            raise TypeError(f"{name}: {value!r:.80} is neither text nor a number")
+        return Text(str(value))
 
     def sample(self, record: dict) -> Sample:
         """The question and its target."""
@@ -81,17 +96,18 @@ class TaskType(ABC):
         return decode_boxes(answer, bins)
 
 
-def merge_text(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Joins neighbouring text segments by a space, so that a word of a record is tokenised as in running text."""
-    merged: list[Segment] = []
-    for segment in segments:
-        last = merged[-1] if merged else None
-        if isinstance(segment, Text) and isinstance(last, Text) and segment.loss == last.loss:
-            glue = "" if segment.text[:1] in "?.!,:;" else " "
-            merged[-1] = Text(last.text + glue + segment.text, segment.loss)
-        else:
-            merged.append(segment)
-    return tuple(merged)
+def join_text(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Neighbouring texts as one, as written; whitespace at a prompt's ends and beside boxes is dropped.
+
+    `data.tokenizer.prompt_segments` does so with what people type: the same text has the ids of training.
+    """
+    joined: list[Segment] = []
+    for is_text, run in groupby(segments, lambda segment: isinstance(segment, Text)):
+        if not is_text:
+            joined += run
+        elif text := "".join(segment.text for segment in run).strip():
+            joined.append(Text(text))
+    return tuple(joined)
 
 
 def normalise(text: str) -> str:

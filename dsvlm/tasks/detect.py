@@ -7,7 +7,7 @@ from dsvlm.data.boxes import decode_boxes, iou
 from dsvlm.data.sample import Box, Boxes, Segment, Text
 from dsvlm.tasks.base import TaskType, normalise
 
-OBJECT = re.compile(r"([^<]*)((?:\s*<loc_\d+>){4})")
+LOCATIONS = re.compile(r"((?:<loc_\d+>\s*)+)")  # a run of location tokens
 
 
 class Detect(TaskType):
@@ -15,6 +15,7 @@ class Detect(TaskType):
 
     prompt = "list all objects"
     metric = "f1"
+    writes_boxes = True
 
     def target(self, record: dict) -> tuple[Segment, ...]:
         segments: list[Segment] = []
@@ -29,8 +30,12 @@ class Detect(TaskType):
         return [tuple(item["box"]) for item in record["objects"]]
 
     def parse(self, answer: str, bins: int) -> list[tuple[str, Box]]:
-        """(name, box) of every complete object of an answer."""
-        return [(normalise(name), decode_boxes(codes, bins)[0]) for name, codes in OBJECT.findall(answer)]
+        """(name, box) of every complete object of an answer; a second box after one name has no name."""
+        parts, found = LOCATIONS.split(answer), []  # names may hold anything else, "a < b" too
+        for name, run in zip(parts[::2], parts[1::2], strict=False):
+            boxes = decode_boxes(run, bins)
+            found += [(normalise(name) if i == 0 else "", box) for i, box in enumerate(boxes)]
+        return found
 
     def score(self, answers: Sequence[str], records: Sequence[dict], bins: int) -> dict[str, float]:
         hits = written = wanted = 0

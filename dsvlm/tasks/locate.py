@@ -13,6 +13,7 @@ class Locate(TaskType):
     prompt = "where is the {name}?"
     fields = ("name",)
     metric = "mean_iou"
+    writes_boxes = True
 
     def target(self, record: dict) -> tuple[Boxes, ...]:
         return (Boxes(tuple(self.regions(record)), loss=True),)

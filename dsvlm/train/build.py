@@ -230,15 +230,19 @@ def make_deal(planned: Planned, codec: TextCodec, world_size: int) -> Callable[[
     return make_dealer(planned, open_lengths(planned, codec), world_size)
 
 
-def make_model(recipe: Recipe, codec: TextCodec):
-    """The model with the recipe's sizes, frozen parts and adapters, in the recipe's dtype, on the CPU."""
+def make_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
+    """The model with the recipe's sizes, frozen parts and adapters, in the recipe's dtype, on the CPU.
+
+    trains: whether to refuse a recipe that could not learn its tasks; what has been trained is taken as it is.
+    """
     import torch
 
     from dsvlm.model.build import build_model
 
+    boxes = [name for name, kind in task_types(recipe).items() if kind.has_boxes] if trains else []
     model = build_model(
         recipe.model, vocab_size=codec.size, pad_id=codec.pad_id, bos_id=codec.bos_id, eos_id=codec.eos_id,
-        heads=head_sizes(recipe), seed=recipe.seed,
+        heads=head_sizes(recipe), seed=recipe.seed, boxes=boxes,
     )  # fmt: skip
     return model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.dtype])
 

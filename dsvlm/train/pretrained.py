@@ -14,12 +14,13 @@ from dsvlm.train.checkpoint import complete_checkpoints, is_complete, read_tenso
 PIECE = 2**24  # bytes read at a time
 
 
-def begin_model(recipe: Recipe, codec: TextCodec):
+def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
     """The recipe's model as its run begins: `make_model`, then the weights of `model.start_from`.
 
     Raises ValueError when they are of another vocabulary, or one of them has no place in the model.
     """
-    model, checkpoint = make_model(recipe, codec), start_checkpoint(recipe)
+    checkpoint = start_checkpoint(recipe)
+    model = make_model(recipe, codec, trains and checkpoint is None)  # what is frozen now may have been trained before
     if checkpoint is None:
         return model
     tokenizer = checkpoint.parents[1] / "tokenizer"

@@ -84,6 +84,13 @@ def test_training_a_vocabulary_is_reproducible_and_survives_saving(codec, tmp_pa
     assert load_tokenizer(tmp_path, 12).size == codec.size + 4
 
 
+def test_a_trained_vocabulary_knows_its_texts_as_they_are_written():
+    texts = ["10 m\u00b2, \u00bd of it", "two\nlines\there", "Cafe\u0301", "a\u00a0b", "\u4f60\uff0c\u597d\uff01"]
+    codec = train_tokenizer(texts * 20, 100, 8)
+    for text in texts:
+        assert codec.decode(codec.encode(Text(text), first=True)) == text
+
+
 def test_no_tokenizer_there(tmp_path):
     with pytest.raises(ValueError, match="not a directory"):
         load_tokenizer(tmp_path / "none", 8)

@@ -20,6 +20,8 @@ from dsvlm.data.transforms import DECODERS, make_decoder
 from dsvlm.eval import evaluate as module
 from dsvlm.eval.evaluate import evaluate, read_samples, render
 from dsvlm.eval.load import load_decoder
+from dsvlm.eval.report import write_report
+from dsvlm.export import card
 from dsvlm.tasks import TASK_TYPES
 
 DAMAGED = 2
@@ -94,6 +96,18 @@ def test_an_evaluation_with_such_records_ends_and_counts_them(run_dir, tmp_path)
     (copy / "recipe.yaml").write_text(recipe)
     question = evaluate(copy, ["question"])["tasks"]["question"]
     assert (question["samples"], question["skipped"], question["chance"]) == (1, 2, 1.0)
+
+
+def test_without_a_usable_sample_there_is_no_score(run_dir, tmp_path, monkeypatch):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    monkeypatch.setattr(module, "read_samples", lambda *_: [])
+    result = evaluate(copy, ["locate"], samples=4)
+    locate = result["tasks"]["locate"]
+    assert (locate["metrics"], locate["samples"]) == ({"mean_iou": None, "iou_above_half": None}, 0)
+    table = render(result)
+    assert "0.000" not in table and "skipped, not usable: locate 4" in table
+    assert "| locate | mean_iou | - |  | 0 |" in card.evaluation(result)
+    assert "IoU &ndash; on 0 samples" in write_report(copy).read_text()
 
 
 def test_a_shard_set_that_cannot_be_read_is_no_skipped_sample(run_dir, loaded, tmp_path):

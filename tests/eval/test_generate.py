@@ -31,6 +31,17 @@ def test_batches_do_not_change_answers(loaded):
         assert answers(model, codec, questions(), 8, size) == alone
 
 
+def test_a_long_prompt_does_not_cut_the_answers_beside_it(loaded, monkeypatch):
+    _, codec, model = loaded
+    monkeypatch.setattr(codec, "eos_id", -1)  # nothing but room ends an answer
+    image = questions(1)[0][1]
+    asked = [((Image(), Text(" ".join(["red"] * count))), image) for count in (1, 3, 40, 2, 3, 30)]
+    alone = [answers(model, codec, [question], 100, 1)[0] for question in asked]
+    assert len(set(map(len, alone))) > 3, "a test on answers of one length shows nothing"
+    for size in (2, 6):
+        assert answers(model, codec, asked, 100, size) == alone
+
+
 def test_the_question_is_the_training_row_up_to_the_answer(loaded):
     _, codec, model = loaded
     segments = (Image(), Text("what shape is red?"))
@@ -46,7 +57,7 @@ def test_an_answer_stays_within_the_positions(loaded):
     assert room.text == 64 - 5  # positions less the tokens of one image
     words = " ".join(["red"] * 40)
     batch = question_batch(codec, [((Image(), Text(words)), questions(1)[0][1])], room, 20)
-    assert room.answer(batch, 100) == room.text - batch.tokens.shape[1] < 100
+    assert room.answer(batch.tokens.shape[1], 100) == room.text - batch.tokens.shape[1] < 100
     assert answers(model, codec, [((Image(), Text(words)), questions(1)[0][1])], 100, 1)
     with pytest.raises(ValueError, match="longer than 58 tokens"):
         answers(model, codec, [((Image(), Text(words * 2)), questions(1)[0][1])], 100, 1)

@@ -1,8 +1,10 @@
 """An exported folder says what the run says, in a process where DeepSpeed cannot be imported."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from dsvlm.cli import run
 from dsvlm.eval.generate import Room, question_batch
 from dsvlm.export import GitProcessor, GitVlm, export_run
 from dsvlm.export import hf as module
+from dsvlm.export.card import task_table
 from dsvlm.tasks import TASK_TYPES
+from dsvlm.train.rundir import read_recipe
 
 PROMPTS = ("where is the red circle?", "where is the blue square?", "where", "red triangle red triangle")
 
@@ -163,3 +167,11 @@ def test_card_quotes_only_the_evaluation_of_these_weights(runs, tmp_path):
         text = (export_run(runs["opt"], tmp_path / str(number)) / "README.md").read_text()
         assert ("| locate | mean_iou | 0.625 |  | 9 |" in text) == shown
     (runs["opt"] / "eval.json").unlink()
+
+
+def test_a_prompt_is_one_cell_of_the_card(runs):
+    recipe = read_recipe(runs["opt"])
+    tasks = {name: replace(task, type="vqa", prompt="Q: {question}\nA | B:") for name, task in recipe.tasks.items()}
+    rows = task_table(replace(recipe, tasks=tasks))
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 and "\n" not in row for row in rows)
+    assert r"`Q: {question}\nA \| B:`" in rows[2]

@@ -4,10 +4,20 @@ import json
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dsvlm.config import DecoderConfig, ModelConfig, VisionConfig
-from dsvlm.model.build import sinusoids
+from dsvlm.model.backbone import check_decoder, kind_of
+from dsvlm.model.build import build_model, sinusoids
 from dsvlm.model.lora import merge_lora
 
 
@@ -46,6 +56,9 @@ def test_embedding_std_and_sinusoidal_positions(tools):
         ({"decoder": {"layerdrop": 0.1}}, "layerdrop"),
         ({"decoder": {"hiden_size": 8}}, "hiden_size.*did you mean 'hidden_size'"),
         ({"vision": {"patchsize": 8}}, "patchsize.*did you mean 'patch_size'"),
+        ({"vision": {"num_channels": 1}}, "num_channels 1, but images have 3"),
+        ({"vision": {"return_dict": False}}, "vision: return_dict false"),
+        ({"decoder": {"return_dict": False}}, "decoder: return_dict false"),
         ({"freeze": ("visoin",)}, "freeze: pattern 'visoin' matches no parameter; nearest: "),
         ({"train": ("decoder.nothing",)}, "train: pattern 'decoder.nothing' matches no parameter"),
         ({"freeze": ("(",)}, "not a regular expression"),
@@ -63,6 +76,44 @@ def test_other_impossible_recipes(tools):
         tools.build(ModelConfig(vision=VisionConfig(), decoder=DecoderConfig(kind="gpt")))
     with pytest.raises(ValueError, match="lora: pattern 'query_key_value' matches no linear layer; nearest: decoder"):
         tools.build(tools.recipe("opt", lora=tools.lora(targets=("query_key_value",))))
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", ["rope_type", "type"])
+def test_positions_that_depend_on_the_batch_are_refused(key, name):
+    sizes, theta = {"hidden_size": 16, "num_attention_heads": 2}, {"rope_theta": 1e4}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    for rope in ({name: "dynamic", "factor": 4.0}, {name: "longrope", **factors}):
+        with pytest.raises(ValueError, match=f"rope_type '{rope[name]}' chooses its frequencies by the longest row"):
+            check_decoder(LlamaConfig(**sizes, **{key: {**theta, **rope}}))
+    check_decoder(LlamaConfig(**sizes, **{key: {**theta, name: "linear", "factor": 4.0}}))
+
+
+def test_a_pretrained_t5_starts_answers_as_training_does(tools, tmp_path):
+    T5ForConditionalGeneration(
+        T5Config(**tools.recipe("t5").decoder.config, vocab_size=tools.vocab, decoder_start_token_id=5)
+    ).save_pretrained(tmp_path)
+    config = ModelConfig(vision=tools.recipe().vision, decoder=DecoderConfig(kind="t5", pretrained=str(tmp_path)))
+    assert tools.build(config).decoder.config.decoder_start_token_id == tools.pad
+
+
+def test_a_padding_token_that_begins_or_ends_texts_has_a_row_like_the_others(tools, kind, tmp_path):
+    def build(pad, bos, eos):
+        return build_model(
+            tools.recipe(kind), vocab_size=tools.vocab, pad_id=pad, bos_id=bos, eos_id=eos, heads={}, seed=0
+        )
+
+    for pad, bos, eos in ((2, 2, 2), (2, 1, 2), (2, 2, 1)):
+        model = build(pad, bos, eos)
+        model.save_pretrained(tmp_path)
+        for each in (model, type(model).from_pretrained(tmp_path).train(), build(pad, bos, eos)):
+            table = each.get_input_embeddings()
+            assert 0.5 < table.weight[2].std() / table.weight[3:].std() < 2
+            torch.testing.assert_close(table.weight, model.get_input_embeddings().weight, rtol=0, atol=0)
+            used = table(torch.tensor([2, 3]))
+            assert torch.autograd.grad(used.sum(), table.weight)[0][2].abs().sum() > 0
+    own = build(2, 0, 1).get_input_embeddings()
+    assert own.padding_idx == (2 if kind in ("opt", "llama") else None)
 
 
 def test_freeze_then_train(tools):
@@ -134,6 +185,36 @@ def test_pretrained_parts_keep_their_weights(tools, checkpoints, tower):
     assert model.get_input_embeddings().weight.shape[0] == tools.vocab
     assert model.get_output_embeddings().weight.shape[0] == tools.vocab
     assert torch.isfinite(model(tools.collate(tools.mixed))["loss_sum"])
+
+
+INPUT = {"opt": "decoder.model.decoder.embed_tokens.weight", "llama": "decoder.model.embed_tokens.weight",
+         "mpt": "decoder.transformer.wte.weight", "t5": "decoder.shared.weight"}  # fmt: skip
+
+
+def test_rows_added_for_boxes_must_train(tools, kind, tmp_path):
+    """LoRA and freezing leave them as they were made, all alike."""
+    settings = kind_of(kind).config(
+        **tools.recipe(kind).decoder.config, vocab_size=30, tie_word_embeddings=kind != "llama"
+    )
+    kind_of(kind).model(settings).save_pretrained(tmp_path)
+    names = [INPUT[kind]] + ["decoder.lm_head.weight"] * (kind == "llama")
+
+    def build(boxes=("where",), vocab_size=tools.vocab, **more):
+        config = ModelConfig(
+            vision=tools.recipe().vision, decoder=DecoderConfig(kind=kind, pretrained=str(tmp_path)), **more
+        )
+        ids = {"pad_id": tools.pad, "bos_id": tools.bos, "eos_id": tools.eos}
+        return build_model(config, vocab_size=vocab_size, **ids, heads={}, seed=0, boxes=boxes)
+
+    lora = tools.lora(targets=(r"\.(q_proj|q|Wqkv)$",))
+    for frozen in ({"lora": lora}, {"freeze": ("^decoder",)}):
+        with pytest.raises(ValueError, match="task where could not tell") as error:
+            build(**frozen)
+        assert str(error.value).endswith(f"add {', '.join(map(repr, names))} to model.train")
+        assert set(names) <= trainable(build(**frozen, train=tuple(names)))
+        build(boxes=(), **frozen)
+        build(vocab_size=30, **frozen)
+    build()
 
 
 def test_incomplete_and_foreign_checkpoints(tools, checkpoints, tmp_path):

@@ -64,6 +64,12 @@ def test_generate_leaves_training_mode_as_it_was(model, tools, kind):
     assert model.training and out.shape == (4, 2) and not out.requires_grad
 
 
+def test_nothing_to_write_is_no_wish(model, tools, kind):
+    batch = tools.collate(tools.mixed, kind)
+    with pytest.raises(ValueError, match="max_new_tokens 0 must be at least 1"):
+        model.generate(batch.pixels, batch.image_row, batch.tokens, batch.lengths, max_new_tokens=0, eos_id=-1)
+
+
 def test_generate_stops_when_all_rows_are_done(model, tools, kind):
     batch = tools.collate(tools.mixed[:1], kind)
     prompts = (batch.pixels, batch.image_row, batch.tokens, batch.lengths)

@@ -270,6 +270,33 @@ def test_refuses_what_it_cannot_do():
         git_attention(q[:, :2], k, v, GitMask(mask.rows[:, :2], WIDTH), backend="flex")
 
 
+@pytest.mark.parametrize("backend", ["auto", "kernel", "sdpa", "math"])
+def test_refuses_what_would_be_read_wrongly(backend):
+    """Also on the CPU, whose ops take any address for their own."""
+    mask = GitMask.from_lengths(IMAGES, TEXTS, WIDTH)
+    q, k, v = inputs()
+    for more, name in (({"alibi_slopes": torch.ones(4, device="meta")}, "alibi_slopes"), ({}, "mask")):
+        elsewhere = mask if more else GitMask(mask.rows.to("meta"), WIDTH)
+        with pytest.raises(ValueError, match=f"git_attention: {name} is on meta, the others are on cpu"):
+            git_attention(q, k, v, elsewhere, backend=backend, **more)
+    with pytest.raises(ValueError, match="v is on meta"):
+        git_attention(q, k, v.to("meta"), mask, backend=backend)
+    for dropout in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"dropout={dropout}; expected a probability"):
+            git_attention(q, k, v, mask, backend=backend, dropout=dropout)
+    for misfit, found in (((q, k.float(), v), "float64, float32, float64"), ((q.long(), k.long(), v.long()), "int64")):
+        with pytest.raises(ValueError, match=f"one floating point dtype, found {found}"):
+            git_attention(*misfit, mask, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "two_call", "flex", "sdpa", "math"])
+@pytest.mark.parametrize("batch, width", [(0, 4), (1, 0), (0, 0)])
+def test_nothing_gives_nothing(backend, batch, width):
+    q = torch.randn(batch, width, 2, 8)
+    mask = GitMask.from_lengths(min(2, width), max(0, width - 2), width)
+    assert git_attention(q, q, q, mask, backend=backend).shape == q.shape
+
+
 @needs_kernel
 def test_kernel_refuses_what_it_cannot_do():
     mask = GitMask.from_lengths(IMAGES, TEXTS, WIDTH)

@@ -77,3 +77,8 @@ def test_shapes_that_do_not_fit():
     routing = moe_route(logits(), k=1, capacity=3)
     with pytest.raises(ValueError, match="limoe_aux"):
         limoe_aux(*routing[7:11], torch.tensor([12, 3]), (1.0,))
+    sums = dict(zip(("prob_sum", "ent_sum", "z2_sum", "loadp_sum"), routing[7:11], strict=True))
+    limoe_aux(**sums, count=torch.tensor([12]), tau=(1.0,))
+    for name, wrong in (("z2_sum", torch.ones(7)), ("loadp_sum", torch.ones(5)), ("ent_sum", torch.ones(2))):
+        with pytest.raises(ValueError, match=f"{name} .*do not fit"):
+            limoe_aux(**sums | {name: wrong}, count=torch.tensor([12]), tau=(1.0,))

@@ -307,6 +307,14 @@ def test_refuses(backend):
         ({"capacity": [1, 2.5]}, "integer"), ({"pool": torch.tensor([0, 1, 0, 0])}, "pool has numbers from 0 to 1"),
         ({"modality": torch.tensor([0, 256, 0, 0]), "num_modalities": 2}, "modality has numbers from 0 to 256"),
         ({"capacity": (1, 2), "pool": torch.tensor([0, 1, -1, 0])}, "from -1 to 1, expected 0 to 1"),
+        ({"modality": torch.full((4,), 0.5), "num_modalities": 2}, "modality is torch.float32, expected integers"),
+        ({"capacity": (1, 2), "pool": torch.zeros(4)}, "pool is torch.float32, expected integers"),
+        ({"k": 1.0}, "k=1.0; expected an integer"), ({"align": 1.5}, "align=1.5; expected an integer"),
+        ({"num_modalities": "2"}, "num_modalities='2'; expected an integer"), ({"load_sigma": math.inf}, "load_sigma"),
+        ({"valid": torch.ones(4, device="meta").bool()}, "valid is on meta, the others are on cpu"),
+        ({"noise": torch.zeros(4, 3, device="meta")}, "noise is on meta"),
+        ({"modality": torch.zeros(4, device="meta").int()}, "modality is on meta"),
+        ({"pool": torch.zeros(4, device="meta").int()}, "pool is on meta"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             route(**changes)
@@ -316,6 +324,14 @@ def test_refuses(backend):
         moe_permute(drawn(3, 2), routing.src, routing.slot, backend=backend)
     with pytest.raises(ValueError, match="moe_combine"):
         moe_combine(drawn(3, 2), routing.weight, routing.slot, routing.src, backend=backend)
+    for name in ("src", "slot"):
+        with pytest.raises(ValueError, match=f"moe_permute: {name} is on meta"):
+            moved = {"src": routing.src, "slot": routing.slot} | {name: getattr(routing, name).to("meta")}
+            moe_permute(drawn(4, 2), **moved, backend=backend)
+    for name in ("weight", "slot", "src"):
+        with pytest.raises(ValueError, match=f"moe_combine: {name} is on meta"):
+            moved = {each: getattr(routing, each) for each in ("weight", "slot", "src")}
+            moe_combine(drawn(30, 2), **moved | {name: moved[name].to("meta")}, backend=backend)
 
 
 def test_rows_beyond_32_bits_of_bytes(backend):
@@ -339,3 +355,6 @@ def test_expert_capacity(backend):
     assert expert_capacity(100, 16, 1, 1.0, minimum=50) == 50
     with pytest.raises(ValueError, match="unknown convention"):
         expert_capacity(10, 2, 1, 1.0, convention="none")
+    for factor in (math.inf, math.nan, -1.0):
+        with pytest.raises(ValueError, match=f"factor={factor}; expected"):
+            expert_capacity(10, 2, 1, factor)

@@ -2,8 +2,10 @@
 
 import pytest
 
+from dsvlm.config import RECIPES, load_recipe
 from dsvlm.data.boxes import encode_box
 from dsvlm.data.sample import Boxes, Image, Text
+from dsvlm.data.tokenizer import prompt_segments
 from dsvlm.tasks import TASK_TYPES
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -30,13 +32,52 @@ def test_question_is_the_sample_without_its_target(name):
     assert bool(target) != (sample.label is not None)
 
 
+ASKED = {
+    "caption": (Text("describe the image"),), "vqa": (Text("what colour?"),), "locate": (Text("where is the dog?"),),
+    "classify": (Text("what is in the region"), Boxes((LEFT,)), Text("?")), "detect": (Text("list all objects"),),
+    "pair": (Text("a dog"),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [None, *sorted(path.stem for path in RECIPES.glob("*.yaml"))])
+def test_prompts_of_task_types_and_shipped_recipes_read_as_they_always_did(recipe):
+    """Their ids are in trained models."""
+    if recipe is None:
+        types = {name: (name, None) for name in TASK_TYPES}
+    else:
+        types = {name: (task.type, task.prompt) for name, task in load_recipe(recipe).tasks.items()}
+    for name, prompt in types.values():
+        assert TASK_TYPES[name](prompt).question(RECORDS[name]) == (Image(), *ASKED[name])
+
+
+@pytest.mark.parametrize("name, prompt, record, text", [
+    ("vqa", "Question: {question}\nAnswer:", {"question": "red?"}, "Question: red?\nAnswer:"),
+    ("vqa", "  {question} \n", {"question": " what? "}, "what?"),
+    ("vqa", "say {{yes}} or no: {question}", {"question": "red?"}, "say {yes} or no: red?"),
+    ("locate", "({name})", {"name": "cat"}, "(cat)"),
+    ("locate", "where is the {name}?", {"name": ".NET"}, "where is the .NET?"),
+    ("locate", "{name}s and  {name}", {"name": "cat"}, "cats and  cat"),
+])  # fmt: skip
+def test_a_template_is_read_as_it_is_written_and_as_it_would_be_typed(name, prompt, record, text):
+    question = TASK_TYPES[name](prompt).question(record)
+    assert question == (Image(), Text(text)) == (Image(), *prompt_segments(text))
+
+
 def test_templates_can_be_replaced_and_are_checked():
     kind = TASK_TYPES["locate"]("find every {name} here")
     assert kind.question({"name": "dog", "boxes": []})[1] == Text("find every dog here")
     with pytest.raises(ValueError, match=r"no field \{nmae\}.*name"):
         TASK_TYPES["locate"]("find {nmae}")
+    for prompt in ("{question", "question}", "{question}}"):
+        with pytest.raises(ValueError, match=r"prompt '.*question.*'.*; close each { that opens a field"):
+            TASK_TYPES["vqa"](prompt)
     region = TASK_TYPES["classify"]().question(RECORDS["classify"])
     assert region[1:] == (Text("what is in the region"), Boxes((LEFT,)), Text("?"))
+
+
+def test_task_types_know_whether_they_have_boxes():
+    assert [name for name, kind in TASK_TYPES.items() if kind().has_boxes] == ["classify", "locate", "detect"]
+    assert not TASK_TYPES["classify"]("what is it?").has_boxes
 
 
 def test_a_perfect_answer_scores_one():
@@ -59,7 +100,26 @@ def test_detection_counts_names_and_missed_objects():
     assert kind.score([f"cat{left} dog{right}"], [record], 16)["f1"] == 0
     assert kind.score([f"dog{left}"], [record], 16)["f1"] == pytest.approx(2 / 3)
     assert kind.score([f"dog{left} dog{left} cat{right}"], [record], 16)["f1"] == pytest.approx(4 / 5)
+    assert [name for name, _ in kind.parse(f"dog<loc_1> cat{left}<loc_1> dog{left}{left}", 16)] == ["cat", "dog", ""]
     assert kind.parse(f"dog{left} cat<loc_1>", 16) == [("dog", pytest.approx(kind.parse(f"dog{left}", 16)[0][1]))]
+
+
+@pytest.mark.parametrize("name", ["dog", "a<b", "<3", "<loc_>", "two\nlines", "a  b", "big red dog"])
+def test_any_name_is_found_in_its_own_target(name):
+    kind = TASK_TYPES["detect"]()
+    record = {"objects": [{"name": name, "box": list(LEFT)}, {"name": "cat", "box": list(RIGHT)}]}
+    answer = " ".join(
+        s.text if isinstance(s, Text) else "".join(encode_box(box, 16) for box in s.boxes) for s in kind.target(record)
+    )
+    assert kind.score([answer], [record], 16)["f1"] == 1
+    assert kind.score([answer.replace(" <loc_", "<loc_")], [record], 16)["f1"] == 1
+
+
+@pytest.mark.parametrize("value", [None, True, ["red"], {"a": 1}])
+def test_a_field_that_is_neither_text_nor_a_number_is_no_prompt(value):
+    with pytest.raises(TypeError, match="question: .* is neither text nor a number"):
+        TASK_TYPES["vqa"]().question({"question": value})
+    assert TASK_TYPES["vqa"]().question({"question": 5})[1] == Text("5")
 
 
 def test_word_f1_is_not_symmetric_in_its_arguments_by_accident():

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     LlamaConfig,
@@ -56,11 +57,26 @@ def build_decoder(kind: Kind, settings: dict) -> PreTrainedModel:
     config = kind.config.from_dict(settings)
     check_decoder(config)
     config._attn_implementation = kind.attention
-    return kind.model(config)
+    decoder = kind.model(config)
+    free_padding_row(decoder)
+    return decoder
+
+
+@torch.no_grad()
+def free_padding_row(decoder: PreTrainedModel) -> None:
+    """Makes the row of a padding token that also begins or ends texts one like the others.
+
+    As torch.nn.Embedding's padding_idx it would be 0 and never train.
+    """
+    config, table = decoder.config, decoder.get_input_embeddings()
+    if table.padding_idx is not None and table.padding_idx in (config.bos_token_id, config.eos_token_id):
+        std = getattr(config, "init_std", None) or config.initializer_range  # OPT's name, and that of the others
+        torch.nn.init.normal_(table.weight[table.padding_idx], std=std)
+        table.padding_idx = None
 
 
 def check_decoder(config: PreTrainedConfig) -> None:
-    """ValueError if head counts do not divide, or if layers are dropped at random."""
+    """ValueError if head counts do not divide, or for settings under which a decoder cannot be used here."""
     heads = config.num_attention_heads
     if not config.is_encoder_decoder and config.hidden_size % heads:
         raise ValueError(f"decoder: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
@@ -70,6 +86,15 @@ def check_decoder(config: PreTrainedConfig) -> None:
     if getattr(config, "layerdrop", 0.0) > 0.0:
         raise ValueError(
             f"decoder: layerdrop {config.layerdrop} skips modules at random, which ZeRO-3 cannot do; set layerdrop to 0"
+        )
+    if not config.return_dict:
+        raise ValueError("decoder: return_dict false gives outputs without names, which are asked for; remove it")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type"))
+    if rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            f"decoder: rope_type {rope_type!r} chooses its frequencies by the longest row of a batch, so that a "
+            "sample's loss would depend on those beside it; use rope_type default, linear, yarn or llama3"
         )
 
 
