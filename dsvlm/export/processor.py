@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dsvlm.data.boxes import decode_boxes
 from dsvlm.data.sample import Box, Image
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer, prompt_segments
-from dsvlm.data.transforms import decode_image
+from dsvlm.data.transforms import decode_image, to_rgb
 from dsvlm.eval.generate import Room, question_batch, until_eos
 
 if TYPE_CHECKING:
@@ -102,5 +102,5 @@ def encoded(image: str | Path | bytes | PilImage) -> bytes:
         except OSError as error:
             raise ValueError(f"image {image}: {error.strerror}") from None
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")  # one way in, so that every image is prepared alike
+    to_rgb(image).save(buffer, "PNG")  # one way in, so that every image is prepared alike
     return buffer.getvalue()

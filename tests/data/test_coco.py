@@ -6,6 +6,7 @@ import os
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -97,6 +98,16 @@ def test_images_are_copied_or_resized(coco):
     coco(tasks=("caption",), out="large", resize=64)
     reader = ShardReader(load_manifest(coco.path / "large/caption"))
     assert (100, 50) in {Image.open(BytesIO(reader.image(i))).size for i in range(2)}       # never enlarged
+
+
+def test_sixteen_bit_photographs_are_not_white(coco):
+    ramp = np.linspace(3000, 63000, 40 * 80).astype(np.uint16).reshape(80, 40)
+    Image.fromarray(ramp).save(coco.path / "images/b.png")
+    coco(tasks=("caption",), resize=20)
+    reader = ShardReader(load_manifest(coco.path / "out/caption"))
+    small, = (reader.image(i) for i in range(2) if reader.key(i) == "000000000008-2")
+    low, high = Image.open(BytesIO(small)).convert("L").getextrema()
+    assert low < 30 and high > 220
 
 
 def test_max_boxes_keeps_the_largest(coco):

@@ -11,9 +11,11 @@ import yaml
 from PIL import Image
 
 from dsvlm.cli import run
+from dsvlm.data.transforms import decode_image
 from dsvlm.eval.generate import Room, question_batch
 from dsvlm.export import GitProcessor, GitVlm, export_run
 from dsvlm.export import hf as module
+from dsvlm.export.processor import encoded
 from dsvlm.tasks import TASK_TYPES
 
 PROMPTS = ("where is the red circle?", "where is the blue square?", "where", "red triangle red triangle")
@@ -113,6 +115,15 @@ def test_processor_takes_paths_bytes_and_pictures_alike(folders, image):
     assert processor(image, PROMPTS[0], max_new_tokens=3)["max_new_tokens"] == 3
     # 48 positions less 5 image tokens less the prompt: fewer than the 100 tokens that the recipe asks for
     assert wanted["max_new_tokens"] == 43 - wanted["tokens"].shape[1]
+
+
+def test_a_sixteen_bit_picture_is_prepared_as_its_file(tmp_path):
+    ramp = Image.fromarray(np.linspace(3000, 63000, 64).astype(np.uint16).reshape(8, 8))
+    ramp.save(tmp_path / "ramp.png")
+    wanted = decode_image((tmp_path / "ramp.png").read_bytes(), 8)
+    assert np.array_equal(decode_image(encoded(ramp), 8), wanted) and wanted.min() < 20
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        encoded(Image.new("F", (8, 8)))
 
 
 def test_processor_asks_about_a_region_as_training_does(folders, image):

@@ -271,6 +271,7 @@ def _image(directory: Path, photo: Photo, resize: int | None) -> tuple[str, byte
     from PIL import Image
 
     from dsvlm.data.index import IMAGE_FORMATS, image_size
+    from dsvlm.data.transforms import to_rgb
 
     path = directory / photo.file_name
     data = path.read_bytes()
@@ -287,7 +288,7 @@ def _image(directory: Path, photo: Photo, resize: int | None) -> tuple[str, byte
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.draft("RGB", tuple(2 * side for side in size))         # JPEG only: decodes no more than is needed
-            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=JPEG_QUALITY)
+            to_rgb(image).resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=JPEG_QUALITY)
     except OSError as error:
         raise ValueError(f"{path} does not decode ({error}): download it again") from error
     return "jpg", encoded.getvalue()
