@@ -52,6 +52,9 @@ def make_decoder(name: str, size: int, dct_scaling: bool = False) -> Callable[..
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """Decode to RGB and resize (bicubic) to a square; nothing is cropped, so normalised boxes stay valid.
 
+    Pixels are as they are stored: an EXIF orientation is ignored here and by every decoder, so a photo that relies on
+    it trains lying down, as its boxes do. Turn such photos when they are converted.
+
     data: encoded PNG, JPEG or WebP. Returns uint8 [3, size, size]. BadSample when the header states more than 64
     megapixels (nothing is decoded then) or the image does not decode.
     """
@@ -59,7 +62,7 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
 
 
 def _pillow(size: int, dct_scaling: bool, data: bytes, into: np.ndarray | None = None) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -73,6 +76,8 @@ def _pillow(size: int, dct_scaling: bool, data: bytes, into: np.ndarray | None =
                 return _pixels(colours).transpose(2, 0, 1)
     except BadSample:
         raise
+    except UnidentifiedImageError as error:  # its own words name an object in memory, another one in every run
+        raise BadSample("the image does not decode (it is no PNG, JPEG or WebP)") from error
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged bytes
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})") from error
     raise _too_large(width, height)

@@ -115,6 +115,13 @@ def test_bombs_and_damage_are_refused(name, monkeypatch):
         decode(data)
 
 
+@pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
+def test_what_is_no_image_has_the_same_reason_in_every_run(name):
+    with pytest.raises(BadSample) as error:
+        make_decoder(name, 24)(b"GIF89a, or text")
+    assert error.value.reason == "the image does not decode (it is no PNG, JPEG or WebP)"
+
+
 def test_auto_is_what_is_installed(monkeypatch):
     assert resolve_decoder("auto") == "simplejpeg" and resolve_decoder("pillow") == "pillow"
     there = importlib.util.find_spec
