@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dsvlm.data.encode import UNFIT
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Boxes, Sample
@@ -42,7 +43,7 @@ def show(reader: ShardReader, kind: TaskType, sample: int) -> Shown:
     try:
         pixels = image(reader, sample)
         made = kind.sample(reader.record(sample))
-    except (BadSample, KeyError, TypeError, ValueError) as error:
+    except UNFIT as error:
         reason = error.reason if isinstance(error, BadSample) else f"its record does not fit the task: {error!r}"
     boxes = [segment for segment in made.segments if isinstance(segment, Boxes)]
     asked, wanted = ([box for part in boxes if part.loss is loss for box in part.boxes] for loss in (False, True))
