@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from dsvlm.data.sample import Sample, Text
+from dsvlm.data.sample import Sample, Segment, Text
 from dsvlm.tasks.base import TaskType
 
 
@@ -16,6 +16,11 @@ class Pair(TaskType):
 
     def sample(self, record: dict) -> Sample:
         return Sample(self.question(record), label=label_of(record))
+
+    def fill(self, name: str, record: dict) -> Segment:
+        if record[name] is None:
+            raise ValueError(f"{name} is null: store the text, or leave the sample out")
+        return super().fill(name, record)
 
     def target(self, record: dict) -> tuple[Text, ...]:
         return ()

@@ -89,3 +89,8 @@ def test_a_label_that_is_no_whole_number_is_an_error(label):
     for use in (kind.sample, kind.truth, lambda r: kind.score(["1"], [r], 16), lambda r: kind.chance([r], [r])):
         with pytest.raises(ValueError, match="is no class: store a whole number"):
             use(record)
+
+
+def test_a_pair_without_a_text_is_not_asked_about_none():
+    with pytest.raises(ValueError, match="text is null"):
+        TASK_TYPES["pair"]().sample({"text": None, "label": 1})
