@@ -131,6 +131,15 @@ def test_seed_draws_the_order_and_limit_the_photos(coco):
     assert report["tasks"]["caption"]["hash"] == load_manifest(coco.path / "all3/caption").hash
 
 
+def test_texts_that_are_no_unicode_are_counted(coco):
+    half = "half of a pair: \ud83d"
+    report = coco(changed(CAPTIONS, "annotations", 0, caption=half), changed(INSTANCES, "categories", 1, name=half))
+    assert report["skipped"] == {"crowd": 1, "degenerate": 2, "empty_caption": 1, "over_max_boxes": 0,
+                                 "does_not_fit": 1 + 2}
+    assert {task: report["tasks"][task]["samples"] for task in TASKS} == {
+        "caption": 1, "categorize": 1, "locate": 1, "detect": 1}
+
+
 @pytest.mark.parametrize("message, options", [
     ("captions.json is not JSON", {"captions": '{"images": ['}),
     ("captions.json has no list 'annotations'", {"captions": {"images": []}}),

@@ -37,6 +37,14 @@ def test_what_a_program_writes_becomes_shards(source, tmp_path, capsys):
     assert reader.record(5)["caption"] == "no image" and not verify(tmp_path / "set", decode=True)["damaged"]
 
 
+def test_a_sample_that_cannot_be_stored_is_counted(tmp_path):
+    texts = (b'{"caption": "a"}', b'{"caption": "half of a pair: \\ud83d"}', b'{"caption": "b"}')
+    source = tar(tmp_path / "x.tar", {f"{i}.json": text for i, text in enumerate(texts)})
+    report = convert_webdataset([str(source)], "caption", tmp_path / "set")
+    assert report["samples"] == 2 and report["skipped"] == {"does_not_fit": 1}
+    assert not verify(tmp_path / "set")["damaged"]
+
+
 def test_the_same_source_gives_the_same_shards(source, tmp_path):
     hashes = {convert_webdataset([str(source)], "caption", tmp_path / name)["hash"] for name in "ab"}
     assert len(hashes) == 1

@@ -49,15 +49,15 @@ def convert_webdataset(urls: list[str], task_type: str, out, fields: list[str] =
         for number, (key, members) in enumerate(_with_first(first, samples, progress)):
             try:
                 record = {"source": key} | make_record(chosen, lambda ext, of=members: _member(of, ext))
-            except ValueError as error:
+                text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+            except (ValueError, RecursionError) as error:         # half of a surrogate pair is no UTF-8, among others
                 reason = reason or str(error)
                 skipped["does_not_fit"] = skipped.get("does_not_fit", 0) + 1
                 if not written and number + 1 >= TRIED:
                     break
                 continue
             found = image or next((ext for ext in sorted(members) if is_image(ext)), None)
-            text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-            payload = {"json": text.encode("utf-8")}
+            payload = {"json": text}
             if members.get(found):
                 suffix = found.rpartition(".")[2]
                 payload[suffix if suffix in IMAGE_SUFFIXES else "image"] = members[found]
