@@ -81,7 +81,8 @@ def test_a_row_that_does_not_fit_is_masked(tmp_path):
     assert reader.record(0) and reader.record(2) and reader.image(2) is None and reader.image(1) == b"no image"
     with pytest.raises(BadSample, match="no member 'json'"):
         reader.record(1)
-    assert [d["key"] for d in verify(tmp_path / "set")["damaged"]] == ["00000001"]
+    assert {d["key"]: d["reason"] for d in verify(tmp_path / "set")["damaged"]} == {
+        "00000001": "no member 'json'", "00000002": "it has no image, and other samples of the set have"}
 
 
 def test_row_groups_are_kept_up_to_a_limit(manifest):
