@@ -8,6 +8,9 @@ from dsvlm.data.sample import Image, Sample
 from dsvlm.data.tokenizer import TextCodec
 
 IGNORE = -100  # target of a position without loss
+# What a template or a vocabulary raises on a record that is not of its task: a value missing, of another type or size,
+# or nested too deeply.
+UNFIT = (KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
 
 
 class Encoded(NamedTuple):
@@ -84,7 +87,7 @@ def encode_record(
         text = encode_sample(make(record), codec, max_length, encoder_decoder)
         if text.label is not None and not 0 <= text.label < classes:
             raise BadSample(f"label {text.label} is none of the task's {classes} classes (0 is the first)")
-    except (KeyError, TypeError, ValueError) as error:
+    except UNFIT as error:
         if isinstance(error, BadSample):
             raise
         raise BadSample(f"its record does not fit the task: {error!r}") from error

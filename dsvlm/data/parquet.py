@@ -8,13 +8,14 @@ import io
 import json
 import threading
 from collections import OrderedDict
-from itertools import product
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from dsvlm.data.fields import checked, follow
+from dsvlm.data.fields import OPTIONAL, checked, follow, shortened
+from dsvlm.data.footer import Chunk, RowGroup, row_groups
 from dsvlm.data.index import Row, index_row, index_table
 
 CACHED = 256 * 2**20              # bytes of row groups that a reader keeps, all its files together
@@ -27,6 +28,7 @@ class RowGroups:
     def __init__(self, limit: int = CACHED):
         self.limit, self.used = limit, 0
         self.columns: OrderedDict[tuple, pa.Table] = OrderedDict()
+        self.checked: set[str] = set()            # files whose footers were looked at: they are opened again and again
         self.lock = threading.Lock()
 
     def get(self, key: tuple, load) -> pa.Table:
@@ -62,29 +64,25 @@ class ParquetFile:
         self.path, self.mapping, self.groups = path, mapping, groups
         self._lock = threading.Lock()             # one reader of pyarrow's is not for several threads
         self._cached = hasattr(file, "read_again")
+        self.columns = {"image": [mapping["image"].partition(":")[0]] if mapping["image"] else [],
+                        "json": sorted({place.partition(":")[0] for place in mapping["fields"].values()})}
         for again in (False, True):
             self._source = RangeFile(file, again)
             try:
-                self._file = pa.parquet.ParquetFile(pa.PythonFile(self._source, "r"), page_checksum_verification=True)
+                self._open()
                 break
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 if again or not self._cached or _did_not_answer(error):
                     raise ValueError(f"{path} is not a parquet file ({error}): copy it again") from error
-        self.metadata = self._file.metadata
-        sizes = [self.metadata.row_group(number).num_rows for number in range(self.metadata.num_row_groups)]
-        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self.columns = {"image": [mapping["image"].partition(":")[0]] if mapping["image"] else [],
-                        "json": sorted({place.partition(":")[0] for place in mapping["fields"].values()})}
         names = self._file.schema_arrow.names
         for name in (*self.columns["image"], *self.columns["json"]):
             if name not in names:
                 raise ValueError(f"{path} has no column {name!r}: it has {', '.join(names)}")
-        for number, kind in product(range(self.metadata.num_row_groups), self.columns):
-            size = sum(chunk.total_uncompressed_size for chunk in self._chunks(number, kind))
-            if size > LARGEST:
-                raise ValueError(f"{path}: row group {number} holds {size} bytes in {', '.join(self.columns[kind])}, "
-                                 f"more than {LARGEST}: write it with smaller row groups "
-                                 f"(pyarrow.parquet.write_table(..., row_group_size=100))")
+            if names.count(name) > 1:
+                raise ValueError(f"{path} has {names.count(name)} columns {name!r}: write it with names of their own")
+        if path not in groups.checked:
+            self._check_sizes()
+            groups.checked.add(path)
 
     @property
     def rows(self) -> int:
@@ -99,7 +97,10 @@ class ParquetFile:
         if again:
             self.groups.drop((self.path, group, kind))
         table = self.groups.get((self.path, group, kind), lambda: self._load(group, kind, again))
-        values = {name: table.column(name)[row - int(self.starts[group])].as_py() for name in table.column_names}
+        try:
+            values = {name: table.column(name)[row - int(self.starts[group])].as_py() for name in table.column_names}
+        except (pa.ArrowException, ArithmeticError) as error:      # a time that Python has not, among others
+            raise ValueError(f"{self.path}: no value of row {row} for Python: {error}") from error
         return self._image(values) if kind == "image" else self._record(values)
 
     def extents(self, rows: np.ndarray, after: np.ndarray) -> list[tuple[int, int, int]]:
@@ -109,14 +110,46 @@ class ParquetFile:
         for group in np.unique(groups).tolist():
             again = int(after[groups == group].min())
             for chunk in (chunk for kind in self.columns for chunk in self._chunks(group, kind)):
-                found.append((_start(chunk), _start(chunk) + chunk.total_compressed_size, again))
-        return found
+                found.append((chunk.start, min(chunk.start + chunk.stored, self._source.size()), again))
+        return [(start, stop, again) for start, stop, again in found if 0 <= start < stop]
+
+    def _open(self) -> None:
+        """ValueError when the footer contradicts itself; what pyarrow raises when it is none."""
+        self._file = pa.parquet.ParquetFile(pa.PythonFile(self._source, "r"), page_checksum_verification=True)
+        self.metadata = self._file.metadata
+        vars(self).pop("row_groups", None)        # of a first attempt
+        sizes = [self.metadata.row_group(number).num_rows for number in range(self.metadata.num_row_groups)]
+        if sum(sizes) != self.metadata.num_rows or min(sizes, default=0) < 0:
+            raise ValueError(f"its footer is damaged: {self.metadata.num_rows} rows, {sum(sizes)} in its row groups")
+        if self.path not in self.groups.checked:
+            for number, (rows, chunks) in enumerate(self.row_groups):
+                if rows > max((chunk.values for chunk in chunks), default=0):
+                    raise ValueError(f"its footer is damaged: row group {number} has {rows} rows, no column as many")
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def _check_sizes(self) -> None:
+        for number in range(len(self.row_groups)):
+            for kind, columns in self.columns.items():
+                size = sum(chunk.size for chunk in self._chunks(number, kind))
+                if size > LARGEST:
+                    raise ValueError(f"{self.path}: row group {number} holds {size} bytes in {', '.join(columns)}, "
+                                     f"more than {LARGEST}: write it with smaller row groups "
+                                     f"(pyarrow.parquet.write_table(..., row_group_size=100))")
+
+    @cached_property
+    def row_groups(self) -> list[RowGroup]:
+        """Where the columns of the row groups lie."""
+        return row_groups(self.metadata)
 
     def _load(self, group: int, kind: str, again: bool) -> pa.Table:
         with self._lock:
             self._source.again = again
             try:
-                return self._file.read_row_group(group, columns=self.columns[kind], use_threads=False)
+                table = self._file.read_row_group(group, columns=self.columns[kind], use_threads=False)
+                expected = int(self.starts[group + 1] - self.starts[group])
+                if table.num_rows == expected:
+                    return table
+                raise pa.ArrowInvalid(f"{table.num_rows} rows, {expected} expected by the footer")
             except (pa.ArrowException, OSError) as error:
                 if _did_not_answer(error):
                     raise
@@ -124,9 +157,8 @@ class ParquetFile:
                     raise ValueError(f"{self.path}: row group {group} is damaged ({error})") from error
         return self._load(group, kind, True)
 
-    def _chunks(self, group: int, kind: str) -> list:
-        chunks = (self.metadata.row_group(group).column(at) for at in range(self.metadata.num_columns))
-        return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in self.columns[kind]]
+    def _chunks(self, group: int, kind: str) -> list[Chunk]:
+        return [chunk for chunk in self.row_groups[group].chunks if chunk.column in self.columns[kind]]
 
     def _image(self, values: dict) -> bytes:
         name, _, path = self.mapping["image"].partition(":")
@@ -135,10 +167,15 @@ class ParquetFile:
             value = value if value is None else follow(value, path)
         except ValueError:
             value = None                          # this row's list has fewer images
-        if isinstance(value, dict):
-            value = value.get("bytes")
+        if isinstance(value, dict) and "bytes" in value:           # as Hugging Face writes them
+            if value["bytes"] is None and value.get("path"):
+                raise ValueError(f"column {name!r} holds the path {shortened(value['path'])} and no image bytes: store "
+                                 f"the bytes in it (datasets.Dataset.to_parquet does)")
+            value = value["bytes"]
         if value is not None and not isinstance(value, bytes):
-            raise ValueError(f"column {name!r} of row holds {type(value).__name__}, not image bytes")
+            several = isinstance(value, list) and any(isinstance(item, dict | bytes) for item in value)
+            hint = ": name one of the list, such as --image COLUMN:0" if several else ": store it as binary"
+            raise ValueError(f"column {name!r} holds {_kind(value)}, not image bytes{hint}")
         return value or b""
 
     def _record(self, values: dict) -> bytes:
@@ -146,7 +183,21 @@ class ParquetFile:
         for key, place in self.mapping["fields"].items():
             name, _, path = place.partition(":")
             record[key] = checked(key, place, follow(values[name], path))
-        return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        try:
+            return _dumped(record)
+        except TypeError:                         # a time, bytes, a decimal
+            return _dumped({key: self._storable(key, value) for key, value in record.items()})
+
+    def _storable(self, key: str, value):
+        """A value as JSON gives it back: `source` may be anything, as text; ValueError for what else JSON has not."""
+        column = self.mapping["fields"][key].partition(":")[0]
+
+        def text(found) -> str:
+            if key == OPTIONAL:
+                return str(found)
+            raise ValueError(f"column {column!r} holds {type(found).__name__}, which no record can: cast it")
+
+        return json.loads(json.dumps(value, default=text))
 
 
 def index_parquet(name: str, file, mapping: dict, progress=iter) -> pa.Table:
@@ -171,15 +222,18 @@ def index_parquet(name: str, file, mapping: dict, progress=iter) -> pa.Table:
     return index_table(rows)
 
 
+def _dumped(record: dict) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _kind(value) -> str:
+    """What a value is, for messages."""
+    return f"a struct of {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+
+
 def _did_not_answer(error: Exception) -> bool:
     """Whether an error is the disk's or the store's, not pyarrow's own."""
     return isinstance(error, OSError) and bool(error.errno or type(error) is not OSError)
-
-
-def _start(chunk) -> int:
-    """First byte of a column chunk: its dictionary comes before its data."""
-    first = chunk.dictionary_page_offset
-    return chunk.data_page_offset if first is None else min(first, chunk.data_page_offset)
 
 
 class RangeFile(io.RawIOBase):

@@ -52,6 +52,9 @@ def make_decoder(name: str, size: int, dct_scaling: bool = False) -> Callable[..
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """Decode to RGB and resize (bicubic) to a square; nothing is cropped, so normalised boxes stay valid.
 
+    Pixels are as they are stored: an EXIF orientation is ignored here and by every decoder, so a photo that relies on
+    it trains lying down, as its boxes do. Turn such photos when they are converted.
+
     data: encoded PNG, JPEG or WebP. Returns uint8 [3, size, size]. BadSample when the header states more than 64
     megapixels (nothing is decoded then) or the image does not decode.
     """
@@ -59,7 +62,7 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
 
 
 def _pillow(size: int, dct_scaling: bool, data: bytes, into: np.ndarray | None = None) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -67,10 +70,14 @@ def _pillow(size: int, dct_scaling: bool, data: bytes, into: np.ndarray | None =
             if width * height <= MAX_PIXELS:
                 if dct_scaling:
                     image.draft("RGB", (size, size))
-                colours = image if image.mode == "RGB" else image.convert("RGB")  # either call copies in any case
+                colours = image if image.mode == "RGB" else to_rgb(image)  # either call copies in any case
                 if image.size != (size, size):
                     colours = colours.resize((size, size), Image.Resampling.BICUBIC)
                 return _pixels(colours).transpose(2, 0, 1)
+    except BadSample:
+        raise
+    except UnidentifiedImageError as error:  # its own words name an object in memory, another one in every run
+        raise BadSample("the image does not decode (it is no PNG, JPEG or WebP)") from error
     except Exception as error:  # Pillow's parsers raise nearly every type on damaged bytes
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})") from error
     raise _too_large(width, height)
@@ -98,6 +105,23 @@ def _simplejpeg(size: int, dct_scaling: bool, data: bytes, into: np.ndarray | No
     if pixels.shape[:2] != (size, size):
         pixels = _pixels(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
     return pixels.transpose(2, 0, 1)
+
+
+def to_rgb(image):
+    """A Pillow image as 8-bit RGB; BadSample when its values have no known range.
+
+    Of 16-bit grey (X-rays, depth) the upper byte is kept: Pillow's own conversion clips at 255, which is all white.
+    """
+    from PIL import Image
+
+    if image.mode == "I" or image.mode.startswith("I;16"):  # which of them a 16-bit PNG has depends on Pillow's version
+        grey = np.asarray(image)
+        if grey.size and not 0 <= grey.min() <= grey.max() < 2**16:
+            raise BadSample(f"the image has grey values from {grey.min()} to {grey.max()}: 16 bits are read at most")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadSample("the image has floating-point pixels (mode F), of which nobody knows the range: store 8 bits")
+    return image.convert("RGB")
 
 
 def _pixels(image) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsvlm.data.index import ShardIndex, scan_tar
+from dsvlm.data.index import ShardIndex, has_images, scan_tar
 from dsvlm.data.manifest import MANIFEST, SHARDS, Manifest, is_url, load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.remote import download
@@ -20,6 +20,7 @@ DECODED = 32          # pixels: the smallest side that still runs the whole deco
 def verify(directory, decode: bool = False, progress=None) -> dict:
     """Check sizes, sha256, the index against the tar, checksums, records and keys; with `decode` every image too.
 
+    A sample without an image is damaged where others have one, as training masks it.
     progress: callable(iterable, desc=str) -> iterable. Returns {"directory", "samples", "problems": [text],
     "damaged": [{"sample", "shard", "key", "reason"}]}; both lists are empty for a sound shard set.
     ValueError when there is nothing of a shard set in the directory.
@@ -82,7 +83,7 @@ def _check_shard(manifest: Manifest, number: int, stream: Stream) -> list[str]:
 def _check_samples(manifest: Manifest, number: int, index: ShardIndex, decode: bool) -> dict[int, str]:
     """Row -> what is wrong with the sample."""
     reader = ShardReader(manifest)
-    first = sum(manifest.sizes[:number])
+    first, images = sum(manifest.sizes[:number]), has_images(manifest)
     damaged = {}
     for row in range(index.samples):
         if row % FETCHED == 0:
@@ -93,6 +94,8 @@ def _check_samples(manifest: Manifest, number: int, index: ShardIndex, decode: b
                 if index.member(row, extension) is not None:
                     reader.read(first + row, extension)
             image = reader.image(first + row)
+            if image is None and images:          # training masks it
+                raise BadSample("it has no image, and other samples of the set have")
             if decode and image is not None:
                 decode_image(image, DECODED)
         except BadSample as error:

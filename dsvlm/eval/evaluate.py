@@ -15,7 +15,7 @@ import numpy as np
 from dsvlm import __version__
 from dsvlm.config import Recipe, nearest
 from dsvlm.data.boxes import encode_box
-from dsvlm.data.encode import encode_sample
+from dsvlm.data.encode import UNFIT, encode_sample
 from dsvlm.data.manifest import check_files
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Boxes, Segment, Text
@@ -121,7 +121,7 @@ def read_samples(
             encode_question(codec, segments, room)
             encode_sample(kind.sample(record), codec, sys.maxsize, room.encoder_decoder)
             pixels = None if data is None else decode(data)
-        except (KeyError, TypeError, ValueError):
+        except UNFIT:
             continue
         kept.append(Shown(number, record, segments, pixels))
     return kept
@@ -151,7 +151,7 @@ def chance(recipe: Recipe, name: str, kind: TaskType, records: Sequence[dict]) -
         try:
             kind.sample(record)
             kind.truth(record)
-        except (KeyError, TypeError, ValueError):
+        except UNFIT:
             continue
         train.append(record)
     return kind.chance(train, records) if train and records else None

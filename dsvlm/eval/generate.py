@@ -18,6 +18,7 @@ from dsvlm.data.encode import Encoded, encode_sample
 from dsvlm.data.reader import BadSample
 from dsvlm.data.sample import Box, Image, Sample, Segment
 from dsvlm.data.tokenizer import TextCodec, prompt_segments
+from dsvlm.data.transforms import to_rgb
 
 if TYPE_CHECKING:
     from dsvlm.model.git import GitVlm
@@ -170,7 +171,7 @@ def draw_boxes(data: bytes, boxes: Sequence[Box], path: Path) -> None:
     from PIL import Image, ImageDraw
 
     with Image.open(io.BytesIO(data)) as opened:
-        image = opened.convert("RGB")
+        image = to_rgb(opened)
     scale = max(1, 320 // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)

@@ -53,6 +53,7 @@ def processor_settings(recipe: Recipe, model: GitVlm) -> ProcessorSettings:
     return ProcessorSettings(
         image_size=model.config.vision_settings["image_size"], bins=recipe.text.bins, text_room=room.text,
         encoder_decoder=room.encoder_decoder, max_new_tokens=recipe.eval.max_new_tokens,
+        dct_scaling=recipe.data.dct_scaling,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dsvlm.data.boxes import decode_boxes
 from dsvlm.data.sample import Box, Image
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer, prompt_segments
-from dsvlm.data.transforms import decode_image
+from dsvlm.data.transforms import make_decoder, to_rgb
 from dsvlm.eval.generate import Room, question_batch, until_eos
 
 if TYPE_CHECKING:
@@ -22,17 +22,25 @@ SETTINGS = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """image_size: pixels of the square image; bins: location tokens; text_room, encoder_decoder: as in `Room`."""
+    """image_size: pixels of the square image; bins: location tokens; text_room, encoder_decoder: as in `Room`.
+
+    dct_scaling: whether the run had large JPEGs decoded at a part of their size, which changes pixels; older folders do
+    not say it.
+    """
 
     image_size: int
     bins: int
     text_room: int | None
     encoder_decoder: bool
     max_new_tokens: int
+    dct_scaling: bool = False
 
 
 class GitProcessor:
     """Image and text in, tensors out; ids in, text and boxes out.
+
+    Pillow decodes the images, whatever decoder the run had: it is there wherever the folder is used. JPEGs that were
+    decoded by another one may differ in single pixels by a few of 255 steps.
 
         inputs = processor("photo.jpg", "where is the red square?")
         text = processor.decode(model.generate(**inputs)[0])
@@ -71,7 +79,7 @@ class GitProcessor:
         [1, 3, P, P] uint8, image_row [1], tokens [1, L], lengths [1] int64; max_new_tokens and eos_id are integers.
         """
         settings = self.settings
-        pixels = decode_image(encoded(image), settings.image_size)
+        pixels = make_decoder("pillow", settings.image_size, settings.dct_scaling)(encoded(image))
         room = Room(settings.text_room, settings.encoder_decoder)
         question = ((Image(), *prompt_segments(prompt)), pixels)
         batch = question_batch(self.codec, [question], room, settings.image_size)
@@ -102,5 +110,5 @@ def encoded(image: str | Path | bytes | PilImage) -> bytes:
         except OSError as error:
             raise ValueError(f"image {image}: {error.strerror}") from None
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")  # one way in, so that every image is prepared alike
+    to_rgb(image).save(buffer, "PNG")  # one way in, so that every image is prepared alike
     return buffer.getvalue()

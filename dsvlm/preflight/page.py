@@ -2,8 +2,10 @@
 
 import base64
 import io
+import os
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
@@ -38,6 +40,16 @@ def render_page(title: str, note: str, facts: dict[str, str], rows: dict[str, di
     sections += [LEGEND, *(task_section(view, limit) for view in views)]
     sections.append(masked_section(views))
     return page(f"{title}: what the model will see", sections, SHEET)
+
+
+def write_page(out: Path, html: str) -> None:
+    """Writes a page whole or not at all, and touches no other file; half a surrogate pair is spelt out."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(html.encode("utf-8", "backslashreplace"))
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def heading(title: str, note: str, facts: dict[str, str]) -> str:

@@ -7,10 +7,9 @@ import numpy as np
 
 from dsvlm.data.tokenizer import TextCodec
 from dsvlm.preflight.inputs import ImageShape, image_shape, open_codec
-from dsvlm.preflight.page import render_page
+from dsvlm.preflight.page import render_page, write_page
 from dsvlm.preflight.samples import TaskView, Viewer
 from dsvlm.train.build import Planned, make_deal
-from dsvlm.train.checkpoint import write_file
 from dsvlm.train.lengths import find_lengths
 
 
@@ -28,7 +27,7 @@ def preview(planned: Planned, steps: range, samples: int, out: Path, tokenizer: 
     note = f"What the model will see in {span}, before anything is trained."
     limit = recipe.text.max_length
     html = render_page(recipe.name, note, facts(planned, codec, source, shape), tasks, views, limit)
-    write_file(out, html.encode())
+    write_page(out, html)
     masked = [
         {"task": view.name, "reason": shown.reason, **shown.place.to_dict()} for view in views for shown in view.masked
     ]

@@ -10,10 +10,11 @@ import numpy as np
 
 from dsvlm.config import Recipe, TaskConfig, nearest
 from dsvlm.config_schedule import DRAWN, parse_points
+from dsvlm.data.encode import UNFIT
 from dsvlm.data.index import has_images
 from dsvlm.data.loader import Loader, LoaderConfig, Source
 from dsvlm.data.manifest import Manifest, check_files, join, load_manifest
-from dsvlm.data.reader import BadSample, ShardReader
+from dsvlm.data.reader import ShardReader
 from dsvlm.data.sample import Text
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer, train_tokenizer
 from dsvlm.data.transforms import resolve_decoder
@@ -173,9 +174,11 @@ def shard_texts(planned: Planned) -> Iterator[str]:
                 reader.fetch(np.arange(sample, min(len(reader), sample + TEXTS_AHEAD)), when=0)
             try:
                 segments = kind.sample(reader.record(sample)).segments
-            except (BadSample, KeyError, TypeError, ValueError):
+                texts = [segment.text for segment in segments if isinstance(segment, Text)]
+                "".join(texts).encode()  # what is no text, or none in Unicode, would end the training of the vocabulary
+            except UNFIT:  # BadSample among them
                 continue  # the loader masks and journals it when its turn comes
-            yield from (segment.text for segment in segments if isinstance(segment, Text) and segment.text.strip())
+            yield from (text for text in texts if text.strip())
 
 
 def make_reader(recipe: Recipe, manifest: Manifest) -> ShardReader:

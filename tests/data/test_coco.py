@@ -3,9 +3,12 @@
 import copy
 import json
 import os
+import struct
+import zlib
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -99,6 +102,16 @@ def test_images_are_copied_or_resized(coco):
     assert (100, 50) in {Image.open(BytesIO(reader.image(i))).size for i in range(2)}       # never enlarged
 
 
+def test_sixteen_bit_photographs_are_not_white(coco):
+    ramp = np.linspace(3000, 63000, 40 * 80).astype(np.uint16).reshape(80, 40)
+    Image.fromarray(ramp).save(coco.path / "images/b.png")
+    coco(tasks=("caption",), resize=20)
+    reader = ShardReader(load_manifest(coco.path / "out/caption"))
+    small, = (reader.image(i) for i in range(2) if reader.key(i) == "000000000008-2")
+    low, high = Image.open(BytesIO(small)).convert("L").getextrema()
+    assert low < 30 and high > 220
+
+
 def test_max_boxes_keeps_the_largest(coco):
     report = coco(tasks=("locate", "detect"), max_boxes=1)
     assert report["skipped"]["over_max_boxes"] == 1 + 2
@@ -120,6 +133,15 @@ def test_seed_draws_the_order_and_limit_the_photos(coco):
     assert report["tasks"]["caption"]["hash"] == load_manifest(coco.path / "all3/caption").hash
 
 
+def test_texts_that_are_no_unicode_are_counted(coco):
+    half = "half of a pair: \ud83d"
+    report = coco(changed(CAPTIONS, "annotations", 0, caption=half), changed(INSTANCES, "categories", 1, name=half))
+    assert report["skipped"] == {"crowd": 1, "degenerate": 2, "empty_caption": 1, "over_max_boxes": 0,
+                                 "does_not_fit": 1 + 2}
+    assert {task: report["tasks"][task]["samples"] for task in TASKS} == {
+        "caption": 1, "categorize": 1, "locate": 1, "detect": 1}
+
+
 @pytest.mark.parametrize("message, options", [
     ("captions.json is not JSON", {"captions": '{"images": ['}),
     ("captions.json has no list 'annotations'", {"captions": {"images": []}}),
@@ -131,6 +153,12 @@ def test_seed_draws_the_order_and_limit_the_photos(coco):
      {"instances": changed(INSTANCES, "annotations", 1, category_id=5)}),
     ("annotation 13: bbox .1, 2. is not", {"instances": changed(INSTANCES, "annotations", 2, bbox=[1, 2])}),
     ("annotation 13: bbox .*inf", {"instances": changed(INSTANCES, "annotations", 2, bbox=[0, 0, 1, float("inf")])}),
+    ("annotation 13: bbox .0, 1.5, 10+",
+     {"instances": changed(INSTANCES, "annotations", 2, bbox=[0, 1.5, 10**400, 1])}),
+    ("image 7 has file_name '../a.jpg', which leaves the directory of --images: give a name",
+     {"captions": changed(CAPTIONS, "images", 0, file_name="../a.jpg")}),
+    ("image 7 has file_name '/a.jpg', which leaves", {"captions": changed(CAPTIONS, "images", 0, file_name="/a.jpg")}),
+    ("image 7 has size 100 x 10+", {"captions": changed(CAPTIONS, "images", 0, height=10**400)}),
     ("annotation without a valid 'caption' .str", {"captions": changed(CAPTIONS, "annotations", 0, caption=None)}),
     ("image without a valid 'width' .int", {"captions": changed(CAPTIONS, "images", 0, width="100")}),
     ("image id 7 comes twice", {"captions": changed(CAPTIONS, "images", 1, id=7)}),
@@ -170,6 +198,18 @@ def test_errors_of_files(coco):
     (coco.path / "images/a.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="a.jpg does not decode, 100 x 50 expected"):
         coco(tasks=("caption",), out="bad")
+
+
+def test_a_photograph_that_is_damaged_further_on(coco):
+    path = coco.path / "images/b.png"
+    noise = np.random.default_rng(0).integers(0, 255, (80, 40, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    head, _, rest = path.read_bytes().partition(b"IDAT")
+    half = b"IDAT" + rest[:4000]
+    whole = head[:-4] + struct.pack(">I", 4000) + half + struct.pack(">I", zlib.crc32(half)) + struct.pack(">I", 100)
+    path.write_bytes(whole + b"I\0AT" + rest[4000:])
+    with pytest.raises(ValueError, match="b.png does not decode .*: download it again"):
+        coco(tasks=("caption",), resize=20)
 
 
 def test_task_names():

@@ -34,7 +34,16 @@ def test_what_a_program_writes_becomes_shards(source, tmp_path, capsys):
     assert [reader.record(i) for i in range(5)] == [{"caption": f"caption {i}", "source": f"train/{i:05d}"}
                                                     for i in range(5)]
     assert [reader.image(i) for i in range(6)] == [*map(png, range(5)), None]
-    assert reader.record(5)["caption"] == "no image" and not verify(tmp_path / "set", decode=True)["damaged"]
+    assert reader.record(5)["caption"] == "no image"
+    assert [d["sample"] for d in verify(tmp_path / "set", decode=True)["damaged"]] == [5]
+
+
+def test_a_sample_that_cannot_be_stored_is_counted(tmp_path):
+    texts = (b'{"caption": "a"}', b'{"caption": "half of a pair: \\ud83d"}', b'{"caption": "b"}')
+    source = tar(tmp_path / "x.tar", {f"{i}.json": text for i, text in enumerate(texts)})
+    report = convert_webdataset([str(source)], "caption", tmp_path / "set")
+    assert report["samples"] == 2 and report["skipped"] == {"does_not_fit": 1}
+    assert not verify(tmp_path / "set")["damaged"]
 
 
 def test_the_same_source_gives_the_same_shards(source, tmp_path):
@@ -60,7 +69,10 @@ def test_samples_whose_members_are_not_adjacent_are_refused_and_repeated_keys_ar
     (None, {"task_type": "vqa"}, "--field question=...: needed"),
     (None, {"fields": ["caption=png"]}, "none of the first samples fits .*: png is not UTF-8"),
     (None, {"limit": 0}, "--limit 0: at least 1 sample"),
-    (None, {"shard_mb": 0}, "--shard-mb 0: more than 0"),
+    (None, {"shard_mb": 0}, "--shard-mb 0: choose more than 0"),
+    (None, {"shard_mb": float("inf")}, "--shard-mb inf: choose"),
+    (None, {"shard_mb": float("nan")}, "--shard-mb nan: choose"),
+    (None, {"shard_mb": 1e306}, "--shard-mb 1e.306: choose"),
     (None, {"image": "jpg"}, "--image jpg: the first sample has no such member; it has png, txt"),
 ])
 def test_mistakes_are_named_and_leave_no_set(source, tmp_path, change, options, message):
@@ -72,6 +84,15 @@ def test_mistakes_are_named_and_leave_no_set(source, tmp_path, change, options, 
     with pytest.raises(ValueError, match=message):
         convert_webdataset(**{"urls": [url], "task_type": "caption", "out": tmp_path / "set"} | options)
     assert not Path(tmp_path / "set/manifest.json").exists()
+
+
+def test_one_of_several_images_has_to_be_chosen(tmp_path):
+    source = tar(tmp_path / "x.tar", {"k.depth.png": png(1), "k.jpg": png(2), "k.txt": b"t"})
+    with pytest.raises(ValueError, match="sample 'k' has several images: choose one with --image: depth.png, jpg"):
+        convert_webdataset([str(source)], "caption", tmp_path / "set")
+    assert not (tmp_path / "set/manifest.json").exists()
+    convert_webdataset([str(source)], "caption", tmp_path / "meant", image="jpg")
+    assert ShardReader(load_manifest(tmp_path / "meant")).image(0) == png(2)
 
 
 def cut_between_members(data: bytes) -> bytes:

@@ -14,6 +14,7 @@ from dsvlm.data.commands import add_data_parser, run_tool
 from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.manifest import load_manifest
+from dsvlm.data.reader import ShardReader
 from dsvlm.data.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,11 +104,11 @@ def test_verify_compares_index_and_tar(shards, tmp_path):
     assert {d["shard"] for d in report["damaged"]} == {name} and f"shard {name}: sha256" in " ".join(report["problems"])
 
 
-def test_verify_decodes_on_request(tmp_path):
+def test_verify_decodes_on_request(shards, tmp_path):
     from dsvlm.data.shard import ShardWriter
 
     with ShardWriter(tmp_path, "caption") as writer:
-        writer.write("good", {"json": b'{"caption":"x"}'})
+        writer.write("good", {"json": b'{"caption":"x"}', "png": ShardReader(shards).image(0)})
         writer.write("bad", {"json": b'{"caption":"x"}', "jpg": b"no image"})
     assert verify(tmp_path)["damaged"] == []
     (damaged,) = verify(tmp_path, decode=True)["damaged"]

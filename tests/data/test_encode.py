@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsvlm.data.encode import IGNORE, encode_sample, masked_sample
+from dsvlm.data.encode import IGNORE, encode_record, encode_sample, masked_sample
 from dsvlm.data.reader import BadSample
 from dsvlm.data.sample import Boxes, Image, Sample, Text
 from dsvlm.data.tokenizer import TextCodec, add_locations, load_tokenizer, prompt_segments, train_tokenizer
@@ -69,6 +69,31 @@ def test_samples_that_cannot_teach(codec, sample, limit, reason):
 def test_head_samples_have_a_label_and_no_text_target(codec):
     row = encode_sample(Sample((Image(), Text("red")), label=2), codec, 64, encoder_decoder=False)
     assert row.label == 2 and row.count == 1 and set(row.targets) == {IGNORE}
+
+
+def deep(levels: int) -> list:
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("name, record", [
+    ("pair", {"text": "red", "label": float("inf")}), ("pair", {"text": deep(5000), "label": 0}),
+    ("locate", {"name": "red", "boxes": [[0, 0, 10**400, 1]]}), ("caption", {"caption": "a \ud800 dog"}),
+    ("vqa", {"question": "a \ud800 dog", "answer": "red"}), ("caption", {"caption": 5}), ("caption", {}),
+])  # fmt: skip
+def test_records_that_do_not_fit_are_masked(codec, name, record):
+    with pytest.raises(BadSample, match="does not fit the task"):
+        encode_record(record, TASK_TYPES[name]().sample, codec, 64, encoder_decoder=False, classes=2)
+
+
+def test_no_error_of_a_template_ends_a_run(codec):
+    def overflow(record):
+        return Sample((Image(),), label=int(float("inf")))
+
+    with pytest.raises(BadSample, match="OverflowError"):
+        encode_record({}, overflow, codec, 64, encoder_decoder=False)
 
 
 def test_masked_rows_have_no_target(codec):

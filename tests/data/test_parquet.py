@@ -3,6 +3,10 @@
 import io
 import json
 import random
+import subprocess
+import sys
+from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +16,12 @@ from PIL import Image
 
 from benchmarks import slow_store
 from dsvlm.data.adopt import index_set
+from dsvlm.data.footer import row_groups
 from dsvlm.data.index import ShardIndex, has_images
 from dsvlm.data.manifest import check_files, load_manifest
-from dsvlm.data.parquet import RowGroups
+from dsvlm.data.parquet import ParquetFile, RowGroups
 from dsvlm.data.reader import BadSample, ShardReader
+from dsvlm.data.stream import LocalFile
 from dsvlm.data.verify import describe, verify
 
 FIELDS = ["question=query", "answer=label:0"]
@@ -81,7 +87,8 @@ def test_a_row_that_does_not_fit_is_masked(tmp_path):
     assert reader.record(0) and reader.record(2) and reader.image(2) is None and reader.image(1) == b"no image"
     with pytest.raises(BadSample, match="no member 'json'"):
         reader.record(1)
-    assert [d["key"] for d in verify(tmp_path / "set")["damaged"]] == ["00000001"]
+    assert {d["key"]: d["reason"] for d in verify(tmp_path / "set")["damaged"]} == {
+        "00000001": "no member 'json'", "00000002": "it has no image, and other samples of the set have"}
 
 
 def test_row_groups_are_kept_up_to_a_limit(manifest):
@@ -165,6 +172,107 @@ def test_mistakes_are_named(tmp_path, change, options, message):
         path.write_bytes(change)
     with pytest.raises(ValueError, match=message):
         index_set([path], "vqa", tmp_path / "set", **options)
+
+
+def opened(path, image="image", **fields):
+    return ParquetFile(str(path), LocalFile(path), {"image": image, "fields": fields}, RowGroups())
+
+
+def test_the_footer_is_read_as_pyarrow_reads_it(tmp_path):
+    path = write(tmp_path / "x.parquet", [row | {"box": [0.5] * (row["other"] % 3)} for row in rows(0, 10)])
+    metadata = pq.ParquetFile(path).metadata
+    for number, group in enumerate(row_groups(metadata)):
+        truth = metadata.row_group(number)
+        assert group.rows == truth.num_rows and len(group.chunks) == truth.num_columns
+        for at, found in enumerate(group.chunks):
+            chunk = truth.column(at)
+            first = chunk.dictionary_page_offset or chunk.data_page_offset
+            assert found == (chunk.path_in_schema.partition(".")[0], chunk.num_values, first,
+                             chunk.total_compressed_size, chunk.total_uncompressed_size)
+
+
+FLIPS = """
+import random, sys
+from pathlib import Path
+import numpy as np
+from dsvlm.data.parquet import ParquetFile, RowGroups
+from dsvlm.data.stream import LocalFile
+
+path, rng, ends = Path(sys.argv[1]), random.Random(0), set()
+whole = path.read_bytes()
+for at in range(len(whole) - int.from_bytes(whole[-8:-4], "little") - 8, len(whole)):
+    data = bytearray(whole)
+    data[at] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    try:
+        file = ParquetFile("x", LocalFile(path), {"image": None, "fields": {"caption": "caption"}}, RowGroups())
+        file.extents(np.arange(file.rows), np.arange(file.rows))
+        ends.add(b"".join(file.read(row, "json") for row in range(file.rows)))
+    except ValueError as error:
+        ends.add(ValueError)
+assert b'{"caption":"a"}' in ends and ValueError in ends, ends
+"""
+
+
+def test_a_flipped_bit_in_a_footer_ends_no_process(tmp_path):
+    """Some make pyarrow throw to the end of the process when it is asked for a column chunk."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"caption": ["a"]}), path, store_schema=False)
+    done = subprocess.run([sys.executable, "-c", FLIPS, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_footer_that_counts_other_rows_is_damaged(tmp_path):
+    path = write(tmp_path / "x.parquet", rows(0, 8))
+    file = opened(path, question="query")
+    file.starts = np.array([0, 5, 9])
+    with pytest.raises(ValueError, match="row group 0 is damaged .4 rows, 5 expected"):
+        file.read(4, "json")
+    whole = path.read_bytes()
+    data = whole[:-8].rpartition(b"\x16\x08")                # rows of the last group: 4, as Thrift writes it
+    path.write_bytes(data[0] + b"\x16\x0a" + data[2] + whole[-8:])
+    with pytest.raises(ValueError, match="footer is damaged: 8 rows, 9 in its row groups"):
+        opened(path, question="query")
+
+
+def test_values_that_json_has_not(tmp_path):
+    table = [{"caption": "a", "taken": datetime(2020, 1, 2), "objects": [{"name": "dog", "box": [Decimal("0.5")]}]}]
+    path = write(tmp_path / "x.parquet", table)
+    record = json.loads(opened(path, None, caption="caption", source="taken").read(0, "json"))
+    assert record == {"caption": "a", "source": "2020-01-02 00:00:00"}
+    with pytest.raises(ValueError, match="column 'objects' holds Decimal, which no record can"):
+        opened(path, None, objects="objects").read(0, "json")
+
+
+def test_times_that_python_has_not(tmp_path):
+    path = write(tmp_path / "x.parquet", pa.table({"source": pa.array([2**61], pa.timestamp("us"))}))
+    with pytest.raises(ValueError, match="no value of row 0 for Python"):
+        opened(path, None, source="source").read(0, "json")
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    path = write(tmp_path / "x.parquet", pa.table([[png(0)], ["a"], ["b"]], names=["image", "caption", "caption"]))
+    with pytest.raises(ValueError, match="has 2 columns 'caption'"):
+        opened(path, caption="caption")
+    assert opened(write(tmp_path / "y.parquet", rows(0, 1)), question="query").read(0, "image") == png(0)
+
+
+@pytest.mark.parametrize("column, message", [
+    (pa.array(["a.png"]), "holds str, not image bytes"),
+    (pa.array([{"bytes": None, "path": "a.png"}]), "holds the path 'a.png' and no image bytes: store the bytes"),
+    (pa.array([{"url": "a.png"}]), "holds a struct of url, not image bytes"),
+    (pa.array([list(png(0))], pa.list_(pa.uint8())), "holds list, not image bytes: store it as binary"),
+    (pa.array([[{"bytes": png(0), "path": ""}]]), "holds list, not image bytes: name one of the list"),
+])
+def test_a_column_without_image_bytes_is_named(tmp_path, column, message):
+    path = write(tmp_path / "x.parquet", pa.table({"image": column, "caption": ["a"]}))
+    with pytest.raises(ValueError, match=f"column 'image' {message}"):
+        opened(path, caption="caption").read(0, "image")
+
+
+def test_no_image_is_no_mistake(tmp_path):
+    path = write(tmp_path / "x.parquet", [{"image": {"bytes": None, "path": None}, "caption": "a"}])
+    assert opened(path, caption="caption").read(0, "image") == b""
 
 
 def test_huge_row_groups_are_refused(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dsvlm.data import transforms
 from dsvlm.data.reader import BadSample
-from dsvlm.data.transforms import decode_image, make_decoder, resolve_decoder
+from dsvlm.data.transforms import decode_image, make_decoder, resolve_decoder, to_rgb
 
 pytest.importorskip("simplejpeg")
 
@@ -72,6 +72,35 @@ def test_reduced_decoding_stays_near_and_is_never_too_small(name, monkeypatch):
     assert (100, 75) in sizes and (100, 48) in sizes and (48, 200) in sizes and min(map(min, sizes)) >= 48
 
 
+def grey16(width: int, height: int) -> Image.Image:
+    """A 16-bit grey ramp, as an X-ray or a map of depth is stored."""
+    return Image.fromarray(np.linspace(3000, 63000, width * height).astype(np.uint16).reshape(height, width))
+
+
+@pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
+def test_sixteen_bits_of_grey_keep_their_upper_byte(name):
+    ramp, data = grey16(24, 24), BytesIO()
+    ramp.save(data, "PNG")
+    wanted = np.stack([np.asarray(ramp) >> 8] * 3).astype(np.uint8)
+    assert np.array_equal(make_decoder(name, 24)(data.getvalue()), wanted) and len(np.unique(wanted)) > 200
+    for mode, values in (("I", np.int32), ("I;16B", ">u2")):
+        other = Image.fromarray(np.asarray(ramp).astype(values))
+        assert other.mode == mode and np.array_equal(np.asarray(to_rgb(other)), wanted.transpose(1, 2, 0))
+
+
+def test_pictures_without_a_known_range_are_refused():
+    with pytest.raises(BadSample, match="floating-point pixels"):
+        to_rgb(Image.new("F", (4, 4), 0.5))
+    with pytest.raises(BadSample, match="grey values from 0 to 70000"):
+        to_rgb(Image.fromarray(np.array([[0, 70000]], np.int32)))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "RGB"])
+def test_other_modes_are_converted_as_pillow_does(mode):
+    made = Image.open(BytesIO(picture(30, 20, kind="PNG"))).convert("L" if mode[0] in "1LP" else "RGB").convert(mode)
+    assert to_rgb(made).tobytes() == made.convert("RGB").tobytes()
+
+
 @pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
 def test_bombs_and_damage_are_refused(name, monkeypatch):
     decode, data = make_decoder(name, 24), picture(60, 40)
@@ -84,6 +113,13 @@ def test_bombs_and_damage_are_refused(name, monkeypatch):
     monkeypatch.setattr(simplejpeg, "decode_jpeg", None)  # nothing is decoded: the header is enough
     with pytest.raises(BadSample, match="60 x 40 pixels"):
         decode(data)
+
+
+@pytest.mark.parametrize("name", ["pillow", "simplejpeg"])
+def test_what_is_no_image_has_the_same_reason_in_every_run(name):
+    with pytest.raises(BadSample) as error:
+        make_decoder(name, 24)(b"GIF89a, or text")
+    assert error.value.reason == "the image does not decode (it is no PNG, JPEG or WebP)"
 
 
 def test_auto_is_what_is_installed(monkeypatch):

@@ -13,10 +13,12 @@ import yaml
 from PIL import Image
 
 from dsvlm.cli import run
+from dsvlm.data.transforms import decode_image, make_decoder
 from dsvlm.eval.generate import Room, question_batch
 from dsvlm.export import GitProcessor, GitVlm, export_run
 from dsvlm.export import hf as module
 from dsvlm.export.card import task_table
+from dsvlm.export.processor import encoded
 from dsvlm.tasks import TASK_TYPES
 from dsvlm.train.rundir import read_recipe
 
@@ -117,6 +119,32 @@ def test_processor_takes_paths_bytes_and_pictures_alike(folders, image):
     assert processor(image, PROMPTS[0], max_new_tokens=3)["max_new_tokens"] == 3
     # 48 positions less 5 image tokens less the prompt: fewer than the 100 tokens that the recipe asks for
     assert wanted["max_new_tokens"] == 43 - wanted["tokens"].shape[1]
+
+
+def test_a_sixteen_bit_picture_is_prepared_as_its_file(tmp_path):
+    ramp = Image.fromarray(np.linspace(3000, 63000, 64).astype(np.uint16).reshape(8, 8))
+    ramp.save(tmp_path / "ramp.png")
+    wanted = decode_image((tmp_path / "ramp.png").read_bytes(), 8)
+    assert np.array_equal(decode_image(encoded(ramp), 8), wanted) and wanted.min() < 20
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        encoded(Image.new("F", (8, 8)))
+
+
+def test_large_jpegs_are_decoded_as_in_training(runs, folders, tmp_path):
+    coarse = np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8)
+    Image.fromarray(coarse).resize((200, 200)).save(tmp_path / "large.jpg")
+    data, exported = (tmp_path / "large.jpg").read_bytes(), GitProcessor.from_pretrained(folders["opt", False])
+    assert not exported.settings.dct_scaling
+    recipe, _, model = module.load_run(runs["opt"], "weights", module.latest_checkpoint(runs["opt"]))
+    for scaling in (False, True):
+        settings = module.processor_settings(replace(recipe, data=replace(recipe.data, dct_scaling=scaling)), model)
+        GitProcessor(exported.codec, settings).save_pretrained(tmp_path / str(scaling))
+        inputs = GitProcessor.from_pretrained(tmp_path / str(scaling))(data, PROMPTS[0])
+        assert np.array_equal(inputs["pixels"][0].numpy(), make_decoder("pillow", 20, scaling)(data))
+    assert not np.array_equal(make_decoder("pillow", 20, True)(data), make_decoder("pillow", 20)(data))
+    path = tmp_path / "False" / "preprocessor_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "dct_scaling"}))
+    assert not GitProcessor.from_pretrained(tmp_path / "False").settings.dct_scaling
 
 
 def test_processor_asks_about_a_region_as_training_does(folders, image):

@@ -133,3 +133,24 @@ def test_chance_is_the_most_frequent_training_answer_to_the_same_question():
     test = [{"question": "q", "answer": "blue"}, {"question": "q", "answer": "red"}, {"question": "p", "answer": "no"},
             {"question": "new", "answer": "red"}]  # fmt: skip
     assert kind.chance(train, test) == 0.5
+
+
+@pytest.mark.parametrize("label, known", [(1, 1), (0, 0), (1.0, 1), (-0.0, 0)])
+def test_a_label_is_the_same_class_in_training_truth_score_and_chance(label, known):
+    kind, record = TASK_TYPES["pair"](), {"text": "a dog", "label": label}
+    assert kind.sample(record).label == known and type(kind.sample(record).label) is int
+    assert kind.truth(record) == str(known) and kind.score([str(known)], [record], 16) == {"accuracy": 1}
+    assert kind.chance([{"label": known}] * 2, [record]) == 1
+
+
+@pytest.mark.parametrize("label", [True, "01", "1", 1.7, float("inf"), float("nan"), None, [1]])
+def test_a_label_that_is_no_whole_number_is_an_error(label):
+    kind, record = TASK_TYPES["pair"](), {"text": "a dog", "label": label}
+    for use in (kind.sample, kind.truth, lambda r: kind.score(["1"], [r], 16), lambda r: kind.chance([r], [r])):
+        with pytest.raises(ValueError, match="is no class: store a whole number"):
+            use(record)
+
+
+def test_a_pair_without_a_text_is_not_asked_about_none():
+    with pytest.raises(TypeError, match="text: None is neither text nor a number"):
+        TASK_TYPES["pair"]().sample({"text": None, "label": 1})

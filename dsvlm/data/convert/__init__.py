@@ -19,6 +19,6 @@ def choose_tasks(text: str, known) -> tuple[str, ...]:
 
 def shard_bytes(shard_mb: float) -> int:
     """Bytes of a shard from `--shard-mb`, in MiB; ValueError unless it is more than 0."""
-    if not 0 < shard_mb < math.inf:
-        raise ValueError(f"--shard-mb {shard_mb}: choose more than 0")
+    if not 0 < shard_mb * 2**20 < math.inf:
+        raise ValueError(f"--shard-mb {shard_mb}: choose more than 0, and a number")
     return max(1, int(shard_mb * 2**20))

@@ -3,9 +3,9 @@
 import argparse
 import hashlib
 import json
-import math
+import sys
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from dsvlm.data.convert import choose_tasks, shard_bytes
@@ -166,7 +166,10 @@ def _photos(path, content: dict) -> dict[int, Photo]:
         image, name, width, height = _fields(path, "image", entry, id=int, file_name=str, width=int, height=int)
         if image in photos:
             raise ValueError(f"{path}: image id {image} comes twice")
-        if width < 1 or height < 1 or image < 0:
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"{path}: image {image} has file_name {name!r}, which leaves the directory of --images: "
+                             f"give a name inside it")
+        if not (1 <= width < 2**31 and 1 <= height < 2**31) or image < 0:
             raise ValueError(f"{path}: image {image} has size {width} x {height}: give its size in pixels")
         photos[image] = Photo(name, width, height)
     return photos
@@ -179,7 +182,9 @@ def _texts(path, content: dict, used, skipped: dict) -> list[tuple[int, int, str
     for entry in content["annotations"]:
         number, image, caption = _fields(path, "annotation", entry, id=int, image_id=int, caption=str)
         _check_image(path, number, image, known)
-        if image in used and caption.strip():
+        if image in used and not _is_unicode(caption):
+            skipped["does_not_fit"] = skipped.get("does_not_fit", 0) + 1
+        elif image in used and caption.strip():
             texts.append((image, number, " ".join(caption.split())))
         elif image in used:
             skipped["empty_caption"] += 1
@@ -199,8 +204,8 @@ def _boxes(path, content: dict, used, skipped: dict) -> list[Box]:
             raise ValueError(f"{path}: annotation {number}: category_id {category} is not in \"categories\" "
                              f"({len(names)} ids, {min(names, default=None)} to {max(names, default=None)}): "
                              f"remove the annotation or add the category")
-        if len(bbox) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox):
-            raise ValueError(f"{path}: annotation {number}: bbox {bbox} is not [x, y, width, height] in pixels")
+        if len(bbox) != 4 or not all(map(_is_finite, bbox)):
+            raise ValueError(f"{path}: annotation {number}: bbox {bbox!s:.200} is not [x, y, width, height] in pixels")
         box, area = _normalised(bbox, photos[image])
         if image not in used:
             continue
@@ -208,9 +213,16 @@ def _boxes(path, content: dict, used, skipped: dict) -> list[Box]:
             skipped["crowd"] += 1
         elif box[0] >= box[2] or box[1] >= box[3]:
             skipped["degenerate"] += 1
+        elif not _is_unicode(names[category]):
+            skipped["does_not_fit"] = skipped.get("does_not_fit", 0) + 1
         else:
             boxes.append(Box(image, number, category, names[category], box, area))
     return boxes
+
+
+def _is_finite(value) -> bool:
+    """Whether a value of JSON is a number that a float can be: its integers have no end."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _normalised(bbox, photo: Photo) -> tuple[list[float], float]:
@@ -220,6 +232,15 @@ def _normalised(bbox, photo: Photo) -> tuple[list[float], float]:
     y0, y1 = (min(max(v, 0), photo.height) for v in (y, y + height))
     box = [x0 / photo.width, y0 / photo.height, x1 / photo.width, y1 / photo.height]
     return [round(v, 6) for v in box], (x1 - x0) * (y1 - y0)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be stored: JSON may hold half of a surrogate pair, UTF-8 may not."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fields(path, kind: str, entry, **types) -> list:
@@ -271,6 +292,7 @@ def _image(directory: Path, photo: Photo, resize: int | None) -> tuple[str, byte
     from PIL import Image
 
     from dsvlm.data.index import IMAGE_FORMATS, image_size
+    from dsvlm.data.transforms import to_rgb
 
     path = directory / photo.file_name
     data = path.read_bytes()
@@ -287,8 +309,8 @@ def _image(directory: Path, photo: Photo, resize: int | None) -> tuple[str, byte
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.draft("RGB", tuple(2 * side for side in size))         # JPEG only: decodes no more than is needed
-            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=JPEG_QUALITY)
-    except OSError as error:
+            to_rgb(image).resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=JPEG_QUALITY)
+    except Exception as error:         # Pillow's parsers raise nearly every type on damaged bytes
         raise ValueError(f"{path} does not decode ({error}): download it again") from error
     return "jpg", encoded.getvalue()
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from dsvlm.data.convert import shard_bytes
+
 SUMMARY = """Streams WebDataset tars once, opened and grouped into samples by webdataset, and writes shards of our own.
 Exact training needs any sample at any time; what comes out of a program (pipe:...), or a compressed tar, can only be
 read in order, so it is copied first. Tars that are files or URLs need no copy: see `dsvlm data index --out`."""
@@ -20,9 +22,10 @@ def convert_webdataset(urls: list[str], task_type: str, out, fields: list[str] =
     """Write OUT as a shard set, samples in the order they come; keys are numbers, `source` is the original key.
 
     urls: whatever webdataset opens, `pipe:COMMAND` and braces included. fields: `KEY=PLACE`. image: extension of the
-    image; default: a sample's first. limit: only so many samples. progress: callable(iterable, desc=str) -> iterable.
-    Returns {"samples", "shards", "bytes", "hash", "fields", "skipped": {reason: count}}. ValueError when a source
-    cannot be read to its end, its program fails or none of the first samples fits.
+    image; needed where samples have several. limit: only so many samples. progress: callable(iterable, desc=str) ->
+    iterable. Returns {"samples", "shards", "bytes", "hash", "fields", "skipped": {reason: count}}. ValueError when a
+    sample has several images and none is chosen, a source cannot be read to its end, its program fails or none of the
+    first samples fits.
     """
     from dsvlm.data.fields import choose_fields, make_record
     from dsvlm.data.index import IMAGE_SUFFIXES, is_image
@@ -32,8 +35,7 @@ def convert_webdataset(urls: list[str], task_type: str, out, fields: list[str] =
     out = Path(out)
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: at least 1 sample")
-    if shard_mb <= 0:
-        raise ValueError(f"--shard-mb {shard_mb:g}: more than 0")
+    size = shard_bytes(shard_mb)
     check_free(out)
     samples = _samples(urls, limit)
     first = next(samples, None)
@@ -45,19 +47,22 @@ def convert_webdataset(urls: list[str], task_type: str, out, fields: list[str] =
     skipped: dict[str, int] = {}
     written, reason = 0, ""
     options = {"converter": "webdataset", "version": 1, "fields": chosen, "image": image, "limit": limit}
-    with ShardWriter(out, task_type, options, int(shard_mb * 2**20)) as writer:
+    with ShardWriter(out, task_type, options, size) as writer:
         for number, (key, members) in enumerate(_with_first(first, samples, progress)):
             try:
                 record = {"source": key} | make_record(chosen, lambda ext, of=members: _member(of, ext))
-            except ValueError as error:
+                text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+            except (ValueError, RecursionError) as error:         # half of a surrogate pair is no UTF-8, among others
                 reason = reason or str(error)
                 skipped["does_not_fit"] = skipped.get("does_not_fit", 0) + 1
                 if not written and number + 1 >= TRIED:
                     break
                 continue
-            found = image or next((ext for ext in sorted(members) if is_image(ext)), None)
-            text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-            payload = {"json": text.encode("utf-8")}
+            images = [image] if image else [ext for ext in sorted(members) if is_image(ext)]
+            if len(images) > 1:
+                raise ValueError(f"sample {key!r} has several images: choose one with --image: {', '.join(images)}")
+            found = images[0] if images else None
+            payload = {"json": text}
             if members.get(found):
                 suffix = found.rpartition(".")[2]
                 payload[suffix if suffix in IMAGE_SUFFIXES else "image"] = members[found]
