@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-import yaml
+from dsvlm.config_yaml import check_plain, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -291,10 +291,10 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             )
         path = RECIPES / f"{name}.yaml"
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = read_yaml(path.read_bytes())
     except OSError as error:
         raise ValueError(f"recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ValueError(f"recipe {path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"recipe {path}: expected a mapping, found {type(raw).__name__}")
@@ -327,9 +327,9 @@ def apply_override(raw: dict, override: str) -> None:
             node[part] = {}
         node = node[part]
     try:
-        node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {path}: value {text!r} is not valid YAML") from None
+        node[parts[-1]] = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--set {path}: value {text!r:.80} is not valid YAML: {error}") from None
 
 
 def build(kind: type, value, path: str):
@@ -346,10 +346,14 @@ def build(kind: type, value, path: str):
     if origin is dict:
         if not isinstance(value, dict) or not value:
             raise wrong_type(path, "a mapping with at least one entry", value)
-        return {str(key): build(args[1], item, f"{path}.{key}") for key, item in value.items()}
+        for key in value:
+            if not isinstance(key, str):
+                raise wrong_type(f"a key of {path}", "text", key)
+        return {key: build(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if kind is dict:
         if not isinstance(value, dict):
             raise wrong_type(path, "a mapping", value)
+        check_plain(path, value)
         return value
     if kind is float:
         return build_float(value, path)
@@ -359,12 +363,13 @@ def build(kind: type, value, path: str):
 
 
 def build_float(value, path: str) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+    text = isinstance(value, str) and value.isascii()  # YAML 1.1 reads 1e-4 as text
     try:
-        return float(value)  # YAML 1.1 reads 1e-4 as text
-    except (TypeError, ValueError):
-        raise wrong_type(path, "a number", value) from None
+        if text or isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    raise wrong_type(path, "a number", value)
 
 
 def build_dataclass(kind: type, value, path: str):
@@ -383,7 +388,7 @@ def build_dataclass(kind: type, value, path: str):
 
 
 def wrong_type(path: str, expected: str, value) -> ValueError:
-    return ValueError(f"{path}: expected {expected}, found {value!r} ({type(value).__name__})")
+    return ValueError(f"{path}: expected {expected}, found {value!r:.80} ({type(value).__name__})")
 
 
 def nearest(name: str, known) -> str:
