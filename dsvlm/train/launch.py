@@ -1,6 +1,7 @@
 """Who am I among the ranks, and how they are started: by the deepspeed launcher, torchrun, srun, or alone."""
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -47,7 +48,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
         )
     numbers = {}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not environ[name].isdigit():
+        if not re.fullmatch("[0-9]{1,18}", environ[name]):
             raise ValueError(f"{name}={environ[name]!r} is not a number")
         numbers[name] = int(environ[name])
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
