@@ -84,14 +84,13 @@ def plan(args: argparse.Namespace) -> int:
     import json
 
     from dsvlm.config import load_recipe
-    from dsvlm.preflight.commands import parse_steps
+    from dsvlm.preflight.commands import check_world_size, parse_steps
     from dsvlm.preflight.summary import plan_summary, render
     from dsvlm.schedule import preview
 
     recipe = load_recipe(args.recipe, args.set)
     steps = parse_steps(args.steps, recipe.schedule.steps)
-    if args.world_size < 1:
-        raise ValueError(f"--world-size {args.world_size}: use at least 1")
+    check_world_size(args.world_size)
     rows, run = plan_summary(recipe, args.world_size, steps)
     print(json.dumps({"steps": rows, "run": run}) if args.json else f"{preview.render(rows)}\n\n{render(run)}")
     return 0

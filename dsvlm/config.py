@@ -3,13 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import types
 import typing
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
-import yaml
+from dsvlm.config_build import build, nearest
+from dsvlm.config_yaml import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -157,17 +156,17 @@ class ControllerConfig:
     kind: str  # stop_and_go (12-in-1, Lu et al. 2020)
     every: int = 100  # updates between two decisions
     gap: int = 4  # a stopped task takes part in every gap-th update
-    patience: int = 1
+    patience: int = 1  # decisions
     gain: float = 0.001  # relative; less, more than `patience` times: converged, so it stops
     loss: float = 0.005  # relative; more, when stopped: diverged, so it goes
-    cooldown: int = 1
+    cooldown: int = 1  # decisions after a change, in which a task stays as it is
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     steps: int
     strategy: str = "accumulate"  # mixed | per_rank | unified | accumulate
-    rounds: str = "task"  # task | packed
+    rounds: str = "task"  # task: all ranks of a micro-step at one task | packed: at the end of one, the next one begins
     block: int = 1  # consecutive samples kept together by the permutation (64 on object storage)
     group: int = 16  # shards that are read side by side
     samples: int = 0  # per window, for drawn strategies
@@ -296,10 +295,10 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             )
         path = RECIPES / f"{name}.yaml"
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = read_yaml(path.read_bytes())
     except OSError as error:
         raise ValueError(f"recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ValueError(f"recipe {path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"recipe {path}: expected a mapping, found {type(raw).__name__}")
@@ -332,66 +331,6 @@ def apply_override(raw: dict, override: str) -> None:
             node[part] = {}
         node = node[part]
     try:
-        node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {path}: value {text!r} is not valid YAML") from None
-
-
-def build(kind: type, value, path: str):
-    """Turns a raw YAML value into `kind`, strictly: unknown keys, missing keys and wrong types are errors."""
-    if dataclasses.is_dataclass(kind):
-        return build_dataclass(kind, value, path)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else build(next(a for a in args if a is not type(None)), value, path)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise wrong_type(path, "a list", value)
-        return tuple(build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict) or not value:
-            raise wrong_type(path, "a mapping with at least one entry", value)
-        return {str(key): build(args[1], item, f"{path}.{key}") for key, item in value.items()}
-    if kind is dict:
-        if not isinstance(value, dict):
-            raise wrong_type(path, "a mapping", value)
-        return value
-    if kind is float:
-        return build_float(value, path)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise wrong_type(path, {int: "an integer", str: "text", bool: "true or false"}[kind], value)
-    return value
-
-
-def build_float(value, path: str) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    try:
-        return float(value)  # YAML 1.1 reads 1e-4 as text
-    except (TypeError, ValueError):
-        raise wrong_type(path, "a number", value) from None
-
-
-def build_dataclass(kind: type, value, path: str):
-    if not isinstance(value, dict):
-        raise wrong_type(path or "recipe", "a mapping", value)
-    hints = typing.get_type_hints(kind)
-    where = f"{path}." if path else ""
-    for key in value:
-        if key not in hints:
-            raise ValueError(f"{where}{key}: unknown key{nearest(str(key), hints)}; known here: {', '.join(hints)}")
-    for spec in dataclasses.fields(kind):
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if required and spec.name not in value:
-            raise ValueError(f"{where}{spec.name}: missing; add it to the recipe")
-    return kind(**{key: build(hints[key], item, f"{where}{key}") for key, item in value.items()})
-
-
-def wrong_type(path: str, expected: str, value) -> ValueError:
-    return ValueError(f"{path}: expected {expected}, found {value!r} ({type(value).__name__})")
-
-
-def nearest(name: str, known) -> str:
-    """` (did you mean 'x'?)`, or nothing when no known name is near."""
-    found = get_close_matches(name, [str(k) for k in known], n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+        node[parts[-1]] = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--set {path}: value {text!r:.80} is not valid YAML: {error}") from None

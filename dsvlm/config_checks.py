@@ -6,6 +6,8 @@ import re
 from dsvlm.config import ModelConfig, Recipe, TaskConfig, nearest
 
 LARGEST = 1e6  # of a learning rate, a weight decay or a gradient norm: infinity and slips of the keyboard are above
+MOST = 2**31  # of steps, samples and sizes: their products stay below 2^63
+LONGEST_WAIT = 10**7  # seconds
 TASK_TYPES = ("caption", "vqa", "classify", "locate", "detect", "pair")
 
 
@@ -17,6 +19,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"seed: {recipe.seed} must be between 0 and 2^63 - 1")
     for name, task in recipe.tasks.items():
         check_task(name, task)
+    if not any(task.weight for task in recipe.tasks.values()):
+        raise ValueError("tasks.*.weight: 0 for every task, so nothing would be learnt; raise one of them")
     check_schedule(recipe)
     check_model(recipe.model)
     check_room(recipe)
@@ -40,6 +44,12 @@ def at_least(path: str, value, least) -> None:
         raise ValueError(f"{path}: {value} must be at least {least}")
 
 
+def counted(path: str, value: int, least: int) -> None:
+    at_least(path, value, least)
+    if value > MOST:
+        raise ValueError(f"{path}: {value} must be at most {MOST}")
+
+
 def within(path: str, value, low, high) -> None:
     if not low <= value <= high:
         raise ValueError(f"{path}: {value} must be between {low} and {high}")
@@ -50,10 +60,10 @@ def check_task(name: str, task: TaskConfig) -> None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
         raise ValueError(f"{path}: a task's name starts with a letter and has letters, digits, '_' or '-' only")
     one_of(f"{path}.type", task.type, TASK_TYPES)
-    at_least(f"{path}.samples", task.samples, 1)
+    counted(f"{path}.samples", task.samples, 1)
     if task.quota is not None:
-        at_least(f"{path}.quota", task.quota, 1)
-    at_least(f"{path}.weight", task.weight, 0.0)
+        counted(f"{path}.quota", task.quota, 1)
+    within(f"{path}.weight", task.weight, 0.0, LARGEST)
     if task.type == "pair":
         at_least(f"{path}.classes", task.classes, 2)
     elif task.classes:
@@ -65,8 +75,8 @@ def check_schedule(recipe: Recipe) -> None:
     one_of("schedule.strategy", schedule.strategy, ("mixed", "per_rank", "unified", "accumulate"))
     one_of("schedule.rounds", schedule.rounds, ("task", "packed"))
     one_of("schedule.normalise", schedule.normalise, ("token", "task"))
-    for field in ("steps", "block", "group"):
-        at_least(f"schedule.{field}", getattr(schedule, field), 1)
+    for field, least in (("steps", 1), ("block", 1), ("group", 1), ("samples", 0), ("chunk", 0)):
+        counted(f"schedule.{field}", getattr(schedule, field), least)
     if schedule.strategy in ("unified", "per_rank"):
         if schedule.samples < 1:
             raise ValueError(
@@ -87,10 +97,12 @@ def check_schedule(recipe: Recipe) -> None:
 def check_model(model: ModelConfig) -> None:
     one_of("model.decoder.kind", model.decoder.kind, ("opt", "llama", "mpt", "t5"))
     one_of("model.positions", model.positions, ("default", "sinusoidal"))
-    at_least("model.loss_chunk", model.loss_chunk, 1)
+    counted("model.loss_chunk", model.loss_chunk, 1)
     for part, config in (("vision", model.vision), ("decoder", model.decoder)):
         if not config.pretrained and not config.config:
             raise ValueError(f"model.{part}: give either config (sizes of a new model) or pretrained (a directory)")
+    if model.embedding_std is not None:
+        within("model.embedding_std", model.embedding_std, 0.0, LARGEST)
     if model.embedding_std is not None and model.decoder.pretrained:
         raise ValueError("model.embedding_std: would destroy the embeddings of model.decoder.pretrained; remove it")
     if model.positions == "sinusoidal" and (model.decoder.pretrained or model.vision.pretrained):
@@ -233,8 +245,8 @@ def check_room(recipe: Recipe) -> None:
 def check_padding(recipe: Recipe) -> None:
     """Whether windows can be cut by length as train.micro_tokens, train.buckets and tasks.*.pack say."""
     train, vision = recipe.train, recipe.model.vision
-    at_least("train.micro_tokens", train.micro_tokens, 0)
-    at_least("train.buckets", train.buckets, 1)
+    counted("train.micro_tokens", train.micro_tokens, 0)
+    counted("train.buckets", train.buckets, 1)
     packed = [name for name, task in recipe.tasks.items() if task.pack]
     if packed and not train.micro_tokens:
         raise ValueError(
@@ -305,13 +317,14 @@ def check_numbers(recipe: Recipe) -> None:
     within("optim.ema", optim.ema, 0.0, 0.999999)
     for path, value, least in (
         ("optim.warmup", optim.warmup, 0), ("train.micro_batch", train.micro_batch, 1),
-        ("train.save_every", train.save_every, 1), ("train.keep", train.keep, 1), ("train.timeout", train.timeout, 1),
+        ("train.save_every", train.save_every, 1), ("train.keep", train.keep, 1),
         ("train.log_every", train.log_every, 1),
         ("data.cache_mb", recipe.data.cache_mb, 0), ("text.vocab_size", recipe.text.vocab_size, 32),
         ("text.max_length", recipe.text.max_length, 4), ("eval.samples", recipe.eval.samples, 1),
         ("eval.batch", recipe.eval.batch, 1), ("eval.max_new_tokens", recipe.eval.max_new_tokens, 1),
     ):  # fmt: skip
-        at_least(path, value, least)
+        counted(path, value, least)
+    within("train.timeout", train.timeout, 1, LONGEST_WAIT)
     for field in ("lr", "clip", "weight_decay"):
         within(f"optim.{field}", getattr(optim, field), 0.0, LARGEST)
     within("optim.eps", optim.eps, 1e-30, 1.0)
@@ -337,8 +350,8 @@ def check_loading(recipe: Recipe) -> None:
     data = recipe.data
     one_of("data.decoder", data.decoder, ("auto", "pillow", "simplejpeg"))
     within("data.workers", data.workers, 0, 256)
-    at_least("data.worker_timeout", data.worker_timeout, 1)
-    at_least("data.remote_cache_mb", data.remote_cache_mb, 0)
+    within("data.worker_timeout", data.worker_timeout, 1, LONGEST_WAIT)
+    counted("data.remote_cache_mb", data.remote_cache_mb, 0)
     if data.workers and 3 * data.worker_timeout > recipe.train.timeout:
         raise ValueError(
             f"data.worker_timeout: {data.worker_timeout} seconds are more than a third of train.timeout "

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from fractions import Fraction
 
 from dsvlm.config import Recipe, nearest
-from dsvlm.config_checks import at_least, one_of, within
+from dsvlm.config_checks import at_least, counted, one_of, within
 
 MIXTURES = ("proportional", "temperature", "annealed", "piecewise")
 CONTROLLERS = ("stop_and_go",)
@@ -25,6 +25,7 @@ def check_shares(recipe: Recipe) -> None:
     if options.mixture:
         check_mixture(recipe)
     check_phases(recipe)
+    check_quotas(recipe)
     if options.controller:
         check_controller(recipe)
 
@@ -92,6 +93,19 @@ def check_phases(recipe: Recipe) -> None:
             within(f"sum of {path}.shares, a cycle,", sum(phase.shares.values()), 1, LONGEST_CYCLE)
 
 
+def check_quotas(recipe: Recipe) -> None:
+    """The tasks' own quotas, where a run or its first part is shared out by them."""
+    options = recipe.schedule
+    if options.strategy not in DRAWN or options.mixture or (options.phases and options.phases[0].start == 0):
+        return
+    total = sum(task.quota or task.samples for task in recipe.tasks.values())
+    if total > LONGEST_CYCLE:
+        raise ValueError(
+            f"tasks.*.quota: {total} in all are more slots than a cycle of strategy {options.strategy} may have "
+            f"({LONGEST_CYCLE}); divide all by the same number (a quota that is not given is the task's samples)"
+        )
+
+
 def check_controller(recipe: Recipe) -> None:
     controller, strategy = recipe.schedule.controller, recipe.schedule.strategy
     one_of("schedule.controller.kind", controller.kind, CONTROLLERS)
@@ -100,7 +114,7 @@ def check_controller(recipe: Recipe) -> None:
             f"schedule.controller: strategy {strategy} draws one task after another, and a controller leaves tasks out "
             "of windows that hold all of them; use strategy accumulate or mixed"
         )
-    at_least("schedule.controller.every", controller.every, 1)
+    counted("schedule.controller.every", controller.every, 1)
     within("schedule.controller.gap", controller.gap, 2, LARGEST_COUNT)
     within("schedule.controller.patience", controller.patience, 0, LARGEST_COUNT)
     within("schedule.controller.cooldown", controller.cooldown, 0, LARGEST_COUNT)

@@ -45,6 +45,26 @@ def raw():
         ("tasks={}", ["tasks", "at least one"]),
         ("model={}", ["model.vision", "missing"]),
         ("schedule.steps", ["path=value"]),
+        ("tasks.question.weight=.inf", ["tasks.question.weight", "inf", "between"]),
+        ("tasks.question.weight=.nan", ["tasks.question.weight", "nan", "between"]),
+        ("tasks.question.weight=1e300", ["tasks.question.weight", "1e+300", "between"]),
+        ("tasks.question.weight=true", ["tasks.question.weight", "True", "number"]),
+        ("model.embedding_std=.nan", ["model.embedding_std", "nan"]),
+        ("model.embedding_std=-1", ["model.embedding_std", "-1.0"]),
+        ("model.embedding_std=.inf", ["model.embedding_std", "inf"]),
+        ("train.timeout=10000000000000", ["train.timeout", "10000000000000", "between 1 and 10000000"]),
+        ("train.timeout=0", ["train.timeout", "0"]),
+        ("data.worker_timeout=100000000", ["data.worker_timeout", "100000000"]),
+        ("tasks.question.samples=2147483649", ["tasks.question.samples", "2147483649", "at most 2147483648"]),
+        ("tasks.question.quota=2147483649", ["tasks.question.quota", "at most"]),
+        ("schedule.steps=2147483649", ["schedule.steps", "at most"]),
+        ("schedule.samples=2147483649", ["schedule.samples", "at most"]),
+        ("schedule.chunk=-1", ["schedule.chunk", "-1", "at least 0"]),
+        ("schedule.block=500000000000000000", ["schedule.block", "at most"]),
+        ("schedule.group=2147483649", ["schedule.group", "at most"]),
+        ("train.micro_tokens=2147483649", ["train.micro_tokens", "at most"]),
+        ("train.micro_batch=2147483649", ["train.micro_batch", "at most"]),
+        ("model.loss_chunk=2147483649", ["model.loss_chunk", "at most"]),
     ],
 )
 def test_errors_name_path_value_and_remedy(raw, override, words):
@@ -53,6 +73,20 @@ def test_errors_name_path_value_and_remedy(raw, override, words):
         parse_recipe(raw)
     for word in words:
         assert word in str(error.value)
+
+
+def test_some_task_teaches(raw):
+    for task in raw["tasks"].values():
+        task["weight"] = 0
+    with pytest.raises(ValueError, match=r"tasks.\*.weight: 0 for every task.*raise one"):
+        parse_recipe(raw)
+    raw["tasks"]["match"]["weight"] = 0.1
+    parse_recipe(raw)
+
+
+def test_long_runs_are_allowed(raw):
+    apply_override(raw, "schedule.steps=1000000000")
+    assert parse_recipe(raw).schedule.steps == 10**9
 
 
 def test_overrides_have_their_types(raw):

@@ -64,6 +64,10 @@ def recipe():
         ([phases(-1)], ["phases[0].start", "-1", "at least 0"]),
         ([phases(100)], ["phases[0].start", "100", "below schedule.steps"]),
         ([phases(7, 7)], ["[1].start", "above 7"]),
+        ([*UNIFIED, "tasks.lines.quota=65533"], ["tasks.*.quota", "65546", "65536", "unified", "divide"]),
+        ([*UNIFIED, "tasks.lines.samples=65533"], ["tasks.*.quota", "the task's samples"]),
+        ([*UNIFIED, "tasks.lines.quota=65533", phases(1)], ["tasks.*.quota", "65546"]),
+        (["controller={kind: stop_and_go, every: 2147483649}"], ["controller.every", "at most"]),
         (["controller={kind: stop_and_goo}"], ["controller.kind", "did you mean 'stop_and_go'"]),
         ([*UNIFIED, "controller={kind: stop_and_go}"], ["schedule.controller", "unified", "accumulate or mixed"]),
         (["controller={kind: stop_and_go, every: 0}"], ["controller.every", "0", "at least 1"]),
@@ -76,8 +80,15 @@ def recipe():
 )
 def test_refusals(recipe, overrides, words):
     with pytest.raises(ValueError) as error:
-        recipe(*(text if text.startswith("schedule.") else f"schedule.{text}" for text in overrides))
+        recipe(*(text if text.startswith(("schedule.", "tasks.")) else f"schedule.{text}" for text in overrides))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_quotas_that_no_step_draws_by_may_be_large(recipe):
+    quota = "tasks.lines.quota=65533"
+    for overrides in ((), (*UNIFIED, "schedule." + phases(0)), (*UNIFIED, "schedule.mixture={kind: temperature}")):
+        assert recipe(quota, *overrides).tasks["lines"].quota == 65533
+    recipe(*UNIFIED, "tasks.lines.quota=65523")
 
 
 def test_names_and_limits_agree():

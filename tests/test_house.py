@@ -18,7 +18,7 @@ from dsvlm.tasks import TASK_TYPES
 ROOT = Path(__file__).resolve().parents[1]
 # A package imports itself and what stands left of it; the top-level modules count as packages.
 ORDER = ("config", "data", "tasks", "schedule", "ops", "model", "train", "eval", "export", "preflight", "cli")
-SAME_AS = {"config_checks": "config", "config_schedule": "config"}
+SAME_AS = {f"config_{part}": "config" for part in ("build", "checks", "schedule", "yaml")}
 TORCH_IN_DATA = {"dsvlm/data/collate.py", "dsvlm/data/loader.py"}
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "numpy", "pyarrow", "PIL", "sentencepiece", "tokenizers")
 

@@ -3,11 +3,13 @@
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 
 from dsvlm.data.commands import add_json, progress_of
 
 TOLD = 20  # masked samples that are printed
+MOST_RANKS = 2**31
 _EXAMPLE = argparse.RawDescriptionHelpFormatter
 
 
@@ -122,6 +124,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 def _simulate(args: argparse.Namespace) -> int:
     from dsvlm.preflight.simulate import Cluster, Store, render, simulate
 
+    check_world_size(args.world_size)
     cluster, planned = Cluster(args.world_size, args.ranks_per_node, args.node), _planned(args.recipe, args.set)
     cache = planned.recipe.data.remote_cache_mb if args.cache_mb is None else args.cache_mb
     store = Store(args.latency_ms, args.mb_per_s, cache, args.step_seconds)
@@ -157,17 +160,23 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def parse_steps(text: str, last: int) -> range:
     """Steps of `A:B`, those past the recipe's last one left out; ValueError when none is left."""
-    low, _, high = text.partition(":")
-    if not (low.isdigit() and high.isdigit() and int(low) < int(high)):
+    found = re.fullmatch("([0-9]{1,18}):([0-9]{1,18})", text)
+    low, high = map(int, found.groups()) if found else (0, 0)
+    if low >= high:
         raise ValueError(f"--steps {text}: expected A:B with A < B, for example 0:10")
-    if int(low) >= last:
+    if low >= last:
         raise ValueError(f"--steps {text}: the recipe has {last} steps (schedule.steps), counted from 0")
-    return range(int(low), min(int(high), last))
+    return range(low, min(high, last))
+
+
+def check_world_size(world_size: int) -> None:
+    if not 1 <= world_size <= MOST_RANKS:
+        raise ValueError(f"--world-size {world_size}: use at least 1 and at most {MOST_RANKS}")
 
 
 def _numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.isdigit() for part in parts):
+    if not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
         raise ValueError(f"{option} {text}: expected numbers with commas between them, for example 0,1,2")
     return [int(part) for part in parts]
 

@@ -148,6 +148,7 @@ class EpochOrder:
     """
 
     def __init__(self, shard_sizes: np.ndarray, block: int, group: int, key: int):
+        assert 1 <= block <= 2**31 and len(shard_sizes) < 2**31, "virtual positions must stay below 2^63"
         self.block = block
         order = permutations(len(shard_sizes), hash64(key, 0))[0]
         self.shard_start = (np.cumsum(shard_sizes) - shard_sizes)[order]  # first sample id, by permuted rank

@@ -4,14 +4,23 @@ import json
 import math
 from pathlib import Path
 
-from dsvlm.config import OptimConfig, Recipe
+from dsvlm.config import OptimConfig, Recipe, nearest
 from dsvlm.train.optim import make_optimizer
 
 # What the window, the recipe and the schedule decide; a JSON that sets them would contradict one of them.
 OWNED = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "managed_gradient_accumulation", "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "data_types",
-    "prescale_gradients",
+    "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "communication_data_type",
+    "seq_parallel_communication_data_type", "torch_autocast", "amp", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+# Of zero_optimization: with these, what is trained is no longer what the recipe says.
+INEXACT = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "zenflow")
+# What is left to a JSON, for DeepSpeed passes over any other key without a word.
+OPEN = (
+    "zero_optimization", "zero_allow_untested_optimizer", "aio", "activation_checkpointing", "checkpoint",
+    "disable_allgather", "disable_python_gc", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
+    "dump_state", "log_level", "comms_logger", "flops_profiler", "tensorboard", "wandb", "comet", "csv_monitor",
 )  # fmt: skip
 
 
@@ -30,11 +39,9 @@ def read_ds_config(recipe: Recipe) -> dict:
         config = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"train.ds_config: cannot read {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"train.ds_config: {path} is not valid JSON: {error}") from None
-    for key in OWNED:
-        if key in config:
-            raise ValueError(f"train.ds_config: {path} sets {key!r}, which the recipe decides; remove it from the file")
+    check_keys(path, config)
     zero = config.get("zero_optimization", {})
     if zero.get("round_robin_gradients"):
         raise ValueError(
@@ -56,6 +63,32 @@ def read_ds_config(recipe: Recipe) -> dict:
     if stage != train.zero:
         raise ValueError(f"train.zero: {train.zero}, but {path} sets stage {stage}; make them agree")
     return config
+
+
+def check_keys(path: Path, config) -> None:
+    """That a JSON is one, and holds nothing but settings of how to compute."""
+    if not isinstance(config, dict):
+        raise ValueError(f"train.ds_config: {path} holds {json.dumps(config)[:40]}; expected an object: {{...}}")
+    for key in config:
+        if key in OWNED:
+            raise ValueError(f"train.ds_config: {path} sets {key!r}, which the recipe decides; remove it from the file")
+        if key not in OPEN:
+            raise ValueError(
+                f"train.ds_config: {path} sets {key!r}, which is no setting of how to compute{nearest(key, OPEN)}; "
+                f"remove it from the file. Known: {', '.join(OPEN)}"
+            )
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(
+            f"train.ds_config: {path} sets 'zero_optimization' to {json.dumps(zero)[:40]}; expected an object, "
+            'for example {"stage": 2}'
+        )
+    for key in INEXACT:
+        if zero.get(key):
+            raise ValueError(
+                f"train.ds_config: {path} sets {key!r}, with which the same recipe would train other weights; "
+                "remove it from the file"
+            )
 
 
 def engine_config(config: dict, optim: OptimConfig, dtype: str) -> dict:

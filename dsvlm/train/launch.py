@@ -1,6 +1,8 @@
 """Who am I among the ranks, and how they are started: by the deepspeed launcher, torchrun, srun, or alone."""
 
 import os
+import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -10,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsvlm.train.preempt import SIGNALS, STOP_FILE, clear_stop, install_handlers, request_stop
+from dsvlm.train.preempt import LAUNCHED, SIGNALS, clear_stop, install_handlers, request_stop, stop_file
 
 if TYPE_CHECKING:
     import torch
 
-LAUNCHED = "DSVLM_LAUNCHED"  # set for ranks whose launching process watches over the STOP file
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -47,7 +48,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
         )
     numbers = {}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not environ[name].isdigit():
+        if not re.fullmatch("[0-9]{1,18}", environ[name]):
             raise ValueError(f"{name}={environ[name]!r} is not a number")
         numbers[name] = int(environ[name])
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
@@ -114,8 +115,13 @@ def free_port() -> int:
 def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
     """Starts `python -m dsvlm ARGUMENTS` on nproc ranks of this machine through the deepspeed launcher.
 
-    Signals to this process ask the ranks to save and end; returns the launcher's exit code.
+    Signals to this process ask its ranks, and no others, to save and end; returns the launcher's exit code.
+    Raises ValueError, with nothing started, when another training is running in run_dir.
     """
+    from dsvlm.train.rundir import lock_run
+
+    pending = install_handlers()
+    lock_run(run_dir).close()  # said before ranks take a minute to start; rank 0 holds the lock for as long as they run
     use_cpu_without_gpu()
     environ = dict(os.environ)
     environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
@@ -123,24 +129,22 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc), "--master_addr", "127.0.0.1",
         "--master_port", str(free_port()), "--log_level", "error", "--module", "dsvlm", *arguments,
     ]  # fmt: skip
-    environ[LAUNCHED] = "1"
-    pending = install_handlers()
-    clear_stop(run_dir)
+    token = environ[LAUNCHED] = secrets.token_hex(8)
     # A session of its own: Ctrl-C then reaches this process alone, and the launcher cannot kill ranks that are saving.
     child = subprocess.Popen(command, env=environ, start_new_session=True)
 
     def stop(number: int, frame) -> None:
-        if number == signal.SIGINT and (run_dir / STOP_FILE).exists():
+        if number == signal.SIGINT and stop_file(run_dir, token).exists():
             os.killpg(child.pid, signal.SIGKILL)  # the second Ctrl-C means now
-        request_stop(run_dir)
+        request_stop(run_dir, token)
         print("dsvlm: stopping: the ranks save after the present update", file=sys.stderr)
 
     for number in SIGNALS:
         signal.signal(number, stop)
     if pending.signal is not None:
-        request_stop(run_dir)  # it came before there was a rank to ask
+        request_stop(run_dir, token)  # it came before there was a rank to ask
     try:
         code = child.wait()
         return code if code >= 0 else 128 - code  # as shells tell a death by signal
     finally:
-        clear_stop(run_dir)
+        clear_stop(run_dir, token)

@@ -20,11 +20,11 @@ from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_
 from dsvlm.train.engine import forget_gradients, make_engine, read_ds_config
 from dsvlm.train.experts import share_experts
 from dsvlm.train.guard import Guard, code_version
-from dsvlm.train.launch import LAUNCHED, find_ranks, init_distributed
+from dsvlm.train.launch import find_ranks, init_distributed
 from dsvlm.train.lengths import lengths_record, make_run_lengths, open_lengths
 from dsvlm.train.metrics import Metrics
 from dsvlm.train.optim import lr_factor, set_lr
-from dsvlm.train.preempt import StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
+from dsvlm.train.preempt import LAUNCHED, StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
 from dsvlm.train.pretrained import begin_model
 from dsvlm.train.routing import layer_names, routing_row
 from dsvlm.train.rundir import lock_run, open_run, prepare_run, run_decoder
@@ -61,9 +61,8 @@ def train(recipe: Recipe) -> int:
     device = init_distributed(ranks, recipe.train.timeout)
     guard = Guard(recipe.train.timeout)
     lock = guard.first(lock_run, recipe.run_dir)
-    if LAUNCHED not in os.environ:
-        guard.first(clear_stop, recipe.run_dir)  # left by a start that was killed
     try:
+        guard.first(clear_stop, recipe.run_dir)  # meant for a start before this one
         run = build_run(planned, guard, stop, device)
         gc.collect()
         gc.freeze()  # modules and model stay: collections, which every answer of a data worker sets off, pass them over
@@ -72,12 +71,13 @@ def train(recipe: Recipe) -> int:
         finally:
             run.metrics.close()
             run.loader.close()
+        if ranks.rank == 0:  # while the lock is held: afterwards they may be another training's
+            clear_stop(recipe.run_dir)
+            mark_requeue(recipe.run_dir, wanted=not finished)
     finally:
         if lock is not None:
             lock.close()
     if ranks.rank == 0:
-        clear_stop(recipe.run_dir)
-        mark_requeue(recipe.run_dir, wanted=not finished)
         print(ending(recipe, run.state.step, finished), flush=True)
     return 0
 
@@ -213,7 +213,7 @@ def train_step(run: Run) -> bool:
     counts, stopping = run.guard.enter_window(
         {"step": step, "plan": mark(identity, planned), "controller": control and control.pack()},
         np.append(window.counts, teaching(window, own)) if window else np.zeros(len(recipe.tasks) + 2, np.int64),
-        stop_requested(run.stop, recipe.run_dir),
+        stop_requested(run.stop, recipe.run_dir, os.environ.get(LAUNCHED, "")),
         error,
     )
     if stopping:

@@ -5,7 +5,8 @@ import signal
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-STOP_FILE = "STOP"  # in the run directory: how a launching process passes a signal on, whatever lies between
+STOP_FILE = "STOP"  # in the run directory: anybody may touch it, and the training that runs there saves and ends
+LAUNCHED = "DSVLM_LAUNCHED"  # token of the process that launched these ranks: its own file to stop them is STOP.TOKEN
 
 
 class StopFlag:
@@ -30,18 +31,24 @@ def install_handlers() -> StopFlag:
     return flag
 
 
-def stop_requested(flag: StopFlag, run_dir: Path) -> bool:
-    return flag.signal is not None or (run_dir / STOP_FILE).exists()
+def stop_file(run_dir: Path, token: str = "") -> Path:
+    """How a launching process passes a signal on to its own ranks, whatever lies between; without a token: to any."""
+    return run_dir / (f"{STOP_FILE}.{token}" if token else STOP_FILE)
 
 
-def request_stop(run_dir: Path) -> None:
+def stop_requested(flag: StopFlag, run_dir: Path, token: str = "") -> bool:
+    """Whether a signal has come, or one of the two files: that of the launching process, and the one for anybody."""
+    return flag.signal is not None or any(stop_file(run_dir, name).exists() for name in {"", token})
+
+
+def request_stop(run_dir: Path, token: str = "") -> None:
     """Asks a running training to save and end after its present window."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / STOP_FILE).touch()
+    stop_file(run_dir, token).touch()
 
 
-def clear_stop(run_dir: Path) -> None:
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
+def clear_stop(run_dir: Path, token: str = "") -> None:
+    stop_file(run_dir, token).unlink(missing_ok=True)
 
 
 def mark_requeue(run_dir: Path, wanted: bool) -> None:

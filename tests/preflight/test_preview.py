@@ -255,6 +255,7 @@ def test_the_page_that_cannot_be_written_is_named(recipe, tmp_path, capsys, out)
 @pytest.mark.parametrize(("arguments", "message"), [
     (["nothing"], "no recipe 'nothing'"),
     (["RECIPE", "--steps", "3:1"], "--steps 3:1: expected A:B"),
+    (["RECIPE", "--steps", "\u00b2:3"], "--steps \u00b2:3: expected A:B"),
     (["RECIPE", "--steps", "90:91"], "the recipe has 4 steps"),
     (["RECIPE", "--samples", "0"], "--samples 0"),
     (["RECIPE", "--tokenizer", "/no/such"], "/no/such is not a directory"),

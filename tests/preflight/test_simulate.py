@@ -236,6 +236,7 @@ def test_command(recipe, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--world-size", "0"], "--world-size 0: use at least 1"),
+    (["--world-size", str(10**19)], f"--world-size {10**19}: use at least 1 and at most 2147483648"),
     (["--world-size", "16", "--ranks-per-node", "0"], "--ranks-per-node 0"),
     (["--world-size", "16", "--node", "2"], "--node 2: 16 ranks, 8 on a node, make nodes 0 to 1"),
     (["--world-size", "1", "--latency-ms", "-1"], "--latency-ms -1.0"),

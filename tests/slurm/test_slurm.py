@@ -1,11 +1,14 @@
 """The batch scripts on a real SLURM: two nodes, a rank each, warned, pushed out, cancelled, in the end complete."""
 
 import os
+import re
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
+from dsvlm.config import load_recipe
 from tests.slurm.conftest import SLURM
 
 CPU = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=20")
@@ -62,3 +65,11 @@ def test_preprocessing_says_what_is_missing(tasks, number, message):
     environ = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": number} | ({"TASKS": tasks} if tasks else {})
     done = subprocess.run(["bash", str(SLURM / "preprocess.sbatch")], env=environ, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "0--1" not in done.stderr
+
+
+def test_the_recipes_that_scripts_name_are_there():
+    """With what preprocess.sbatch writes: the recipe's sets are below train/ and val/ of its data.root."""
+    named = re.findall(r"train\.sbatch (\S+)", "".join(path.read_text() for path in SLURM.glob("*.sbatch")))
+    assert named and all(load_recipe(name) for name in named if not name.endswith(".yaml") and name.islower())
+    out = re.search(r"--out (\S+)", (SLURM / "preprocess.sbatch").read_text())[1]
+    assert all(task.shards.startswith(f"{Path(out).name}/") for task in load_recipe("coco").tasks.values())

@@ -41,7 +41,7 @@ def test_batch_step_of_a_larger_job_is_one_process():
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
-@pytest.mark.parametrize("value", ["", "two", "-1", "1.5"])
+@pytest.mark.parametrize("value", ["", "two", "-1", "1.5", "\u00b2"])
 def test_what_is_not_a_number_is_shown(name, value):
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not a number")):
         find_ranks(COMPLETE | {name: value})

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from dsvlm.train import launch as launching
 from dsvlm.train.preempt import (
+    LAUNCHED,
     SIGNALS,
     StopFlag,
     clear_stop,
@@ -16,6 +18,7 @@ from dsvlm.train.preempt import (
     request_stop,
     stop_requested,
 )
+from dsvlm.train.rundir import lock_run
 
 
 @pytest.fixture
@@ -63,6 +66,55 @@ def test_stop_file(tmp_path):
     clear_stop(run_dir)
     clear_stop(run_dir)
     assert not stop_requested(flag, run_dir)
+
+
+def test_each_launch_has_a_stop_file_of_its_own(tmp_path):
+    """Anybody may touch STOP; that of one launch is nothing to the ranks of another, or to those of none."""
+    request_stop(tmp_path, "one")
+    assert [stop_requested(StopFlag(), tmp_path, token) for token in ("one", "two", "")] == [True, False, False]
+    clear_stop(tmp_path)
+    assert stop_requested(StopFlag(), tmp_path, "one")
+    clear_stop(tmp_path, "one")
+    request_stop(tmp_path)
+    assert [stop_requested(StopFlag(), tmp_path, token) for token in ("one", "two", "")] == [True, True, True]
+
+
+class Ranks:
+    """A launcher whose ranks run until a signal arrives; `seen`: the names in the run directory while they do."""
+
+    def __init__(self, run_dir, meanwhile):
+        self.run_dir, self.meanwhile, self.seen, self.token, self.pid = run_dir, meanwhile, [], "", 0
+
+    def __call__(self, command, env, start_new_session):
+        self.token = env[LAUNCHED]
+        return self
+
+    def wait(self) -> int:
+        self.meanwhile()
+        self.seen = sorted(path.name for path in self.run_dir.iterdir())
+        return 0
+
+
+def test_ctrl_c_on_a_launch_asks_its_own_ranks_only(handlers, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    ranks = Ranks(run_dir, lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(launching.subprocess, "Popen", ranks)
+    assert launching.launch(["train", "quickstart"], 2, run_dir) == 0
+    assert ranks.seen == [".lock", f"STOP.{ranks.token}"]
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
+    first, ranks.meanwhile = ranks.token, (run_dir / "STOP").touch
+    launching.launch(["train", "quickstart"], 2, run_dir)
+    assert first != ranks.token
+    assert (run_dir / "STOP").exists(), "it belongs to the training that runs there, whose ranks take it away"
+
+
+def test_second_launch_into_a_run_is_refused_and_touches_nothing(handlers, tmp_path, monkeypatch):
+    monkeypatch.setattr(launching.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("ranks were started"))
+    request_stop(tmp_path)  # as the first training would find it
+    with lock_run(tmp_path):
+        with pytest.raises(ValueError, match="output: another training is running"):
+            launching.launch(["train", "quickstart"], 2, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "STOP"]
 
 
 def test_requeue_mark_names_the_job_and_goes_away(tmp_path, monkeypatch):
