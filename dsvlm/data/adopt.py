@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dsvlm.data.fields import choose_fields, make_record
 from dsvlm.data.index import ShardIndex
+from dsvlm.data.locks import writing
 from dsvlm.data.manifest import (
     INDEXED,
     MANIFEST,
@@ -21,7 +22,7 @@ from dsvlm.data.manifest import (
     manifest_bytes,
 )
 from dsvlm.data.scans import Scan, Unfinished, each, open_file
-from dsvlm.data.shard import PARTIAL, check_free
+from dsvlm.data.shard import PARTIAL, check_no_set
 
 TRIED = 100                       # samples that are tried with the fields before all shards are read
 IMAGE_COLUMNS = ("image", "jpg", "png", "img")
@@ -40,8 +41,8 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     others, and the next call reads only those that are not there or have changed since.
     """
     out = Path(out)
-    check_free(out)
     shards = [str(shard) for shard in shards]
+    check_no_set(out)
     parquet = [is_parquet(shard) for shard in shards]
     if any(parquet) and not all(parquet):
         raise ValueError("tars and parquet files in one shard set: index each kind to an --out of its own")
@@ -50,42 +51,55 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
         raise ValueError(f"{twice} is named twice: its samples would count twice")
     names = [shard_name(shard, out) for shard in shards]
     indexes = [index_name(name, number) for number, name in enumerate(names)]
-    for index in indexes:
-        if indexes.count(index) > 1 or index == SHARDS or (out / index).exists():
-            raise ValueError(f"{out / index} exists, or is the index of two shards: choose another --out")
+    scan_all = _scan_parquets if all(parquet) else _scan_tars
     part = out / PARTIAL
-    part.mkdir(parents=True, exist_ok=True)
     try:
-        scan_all = _scan_parquets if all(parquet) else _scan_tars
-        found, members, mapping = scan_all(shards, part, task_type, list(fields), image, partial(
-            each, workers=workers, progress=progress))
-        header = _publish(out, task_type, names, indexes, found, members, mapping)
-    except ValueError as error:
-        if not isinstance(error, Unfinished):
-            shutil.rmtree(part, ignore_errors=True)
-        raise
+        with writing(out):
+            try:
+                check_no_set(out)                 # another process may have ended since
+                _check_indexes(out, indexes)
+                part.mkdir(exist_ok=True)
+                found, members, mapping = scan_all(shards, part, task_type, list(fields), image, partial(
+                    each, workers=workers, progress=progress))
+                header = _publish(out, task_type, names, indexes, found, members, mapping)
+            except ValueError as error:
+                if not isinstance(error, Unfinished):
+                    shutil.rmtree(part, ignore_errors=True)
+                raise
+            finally:
+                _remove_empty(part)
     finally:
-        _remove_empty(part, out)
+        _remove_empty(out)
     return {"samples": sum(row["samples"] for row in found), "shards": len(found), "members": sorted(members),
             "gathered": sum(row["gathered"] for row in found),
             "bytes": sum(row["bytes"] for row in found), "hash": hashlib.sha256(header).hexdigest()} | mapping
 
 
+def _check_indexes(out: Path, indexes: list[str]) -> None:
+    """No file has a name that one of the set will get."""
+    for index in indexes:
+        if indexes.count(index) > 1 or index == SHARDS:
+            raise ValueError(f"{out / index} is the index of two shards: choose another --out")
+    for index in (*indexes, SHARDS):
+        if (out / index).exists():
+            raise ValueError(f"{out / index} exists: choose another --out")
+
+
 def _publish(out: Path, task_type: str, names, indexes, found: list[dict], members, mapping: dict) -> bytes:
     """Give all files their names, the manifest last; returns its bytes."""
-    part = out / PARTIAL
+    part, named = out / PARTIAL, []
     try:
         rows = [row | {"name": name} for row, name in zip(found, names, strict=True)]
         columns = [{column: row[column] for column in SHARDS_SCHEMA.names} for row in rows]
         table, header = manifest_bytes(task_type, columns, members, {INDEXED: {"version": 1} | mapping})
         (part / SHARDS).write_bytes(table)
         (part / MANIFEST).write_bytes(header)
-        for row, index in zip(found, indexes, strict=True):
-            os.rename(part / row["file"], out / index)
-        os.rename(part / SHARDS, out / SHARDS)
-        os.rename(part / MANIFEST, out / MANIFEST)
+        files = [row["file"] for row in found]
+        for file, name in zip((*files, SHARDS, MANIFEST), (*indexes, SHARDS, MANIFEST), strict=True):
+            os.rename(part / file, out / name)
+            named.append(name)
     except BaseException:
-        for name in (MANIFEST, SHARDS, *indexes):
+        for name in reversed(named):              # the others may be somebody else's
             (out / name).unlink(missing_ok=True)
         raise
     shutil.rmtree(part, ignore_errors=True)

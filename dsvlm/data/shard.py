@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from dsvlm.data.index import Row, index_row, index_table
+from dsvlm.data.locks import another, is_written, writing
 from dsvlm.data.manifest import MANIFEST, SHARDS, arrow_bytes, manifest_bytes
 from dsvlm.data.tar import BLOCK
 
@@ -20,7 +22,8 @@ class ShardWriter:
     """Context manager that writes one shard set; the files get their names at the end, `manifest.json` last.
 
     The same samples in the same order give the same bytes. An exception leaves nothing behind. ValueError when the
-    directory already holds shards, a key or extension is not allowed, a key comes twice, or no sample came.
+    directory already holds shards, another process writes there, a key or extension is not allowed, a key comes twice,
+    or no sample came.
     """
 
     def __init__(self, directory, task_type: str, preprocessing: dict | None = None, shard_bytes: int = 256 * 2**20):
@@ -36,18 +39,23 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         check_free(self.directory)
-        shutil.rmtree(self._partial, ignore_errors=True)          # left by a writer that was killed
-        self._partial.mkdir(parents=True)
+        with ExitStack() as held:
+            held.enter_context(writing(self.directory))
+            _check_empty(self.directory)                          # another writer may have ended since
+            shutil.rmtree(self._partial, ignore_errors=True)      # left by a writer that was killed
+            self._partial.mkdir()
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            if self._file is not None:
-                self._file.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
+        with self._held:
+            try:
+                if kind is None:
+                    self._publish()
+            finally:
+                if self._file is not None:
+                    self._file.close()
+                shutil.rmtree(self._partial, ignore_errors=True)
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Append one sample; `members`: extension -> payload, `json` (the record) among them."""
@@ -119,23 +127,35 @@ class ShardWriter:
         self._put(MANIFEST, header)
         shards = [shard["name"] for shard in self._shards]
         names = [name for shard in shards for name in (shard, shard.replace(".tar", ".arrow"))] + [SHARDS, MANIFEST]
+        renamed = []
         try:
             for name in names:
                 if name == MANIFEST:
                     _sync_directory(self.directory)               # the shards are on disk before the manifest is
                 os.rename(self._partial / name, self.directory / name)
+                renamed.append(name)
             _sync_directory(self.directory)
         except BaseException:
-            for name in reversed(names):
+            for name in reversed(renamed):                        # the others may be somebody else's
                 (self.directory / name).unlink(missing_ok=True)
             raise
 
 
 def check_free(directory) -> None:
-    """ValueError when the directory already holds a shard set, or shards of a writer that was killed."""
-    directory = Path(directory)
+    """ValueError when a process writes a set there, or the directory holds one, or shards of a killed writer."""
+    if is_written(Path(directory)):
+        raise ValueError(another(directory))
+    _check_empty(Path(directory))
+
+
+def check_no_set(directory: Path) -> None:
+    """ValueError when the directory already holds a shard set."""
     if (directory / MANIFEST).exists():
         raise ValueError(f"{directory} already holds a shard set ({MANIFEST}): remove it or choose another --out")
+
+
+def _check_empty(directory: Path) -> None:
+    check_no_set(directory)
     left = next(iter(sorted(directory.glob("shard-*"))), None) or next(iter(directory.glob(SHARDS)), None)
     if left is not None:
         raise ValueError(f"{directory} already holds {left.name}, without {MANIFEST}: "

@@ -1,0 +1,104 @@
+"""Several processes, full disks and kills: a set has one writer, and what was finished stays."""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+
+import pytest
+
+from dsvlm.data.adopt import index_set
+from dsvlm.data.convert.scenes import make_scenes
+from dsvlm.data.manifest import load_manifest
+from dsvlm.data.shard import ShardWriter
+from tests.data.test_adopt import captions, tar
+
+
+@pytest.fixture
+def tars(tmp_path):
+    return [tar(tmp_path / f"{i}.tar", captions(3 * i, 2 + i)) for i in range(3)]
+
+
+def names(directory) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_second_writer_says_so_and_leaves_the_first_alone(tmp_path):
+    out = tmp_path / "train/caption"
+    with ShardWriter(out, "caption") as writer:
+        writer.write("a", {"json": b"{}"})
+        for second in (
+            lambda: ShardWriter(out, "caption").__enter__(),
+            lambda: make_scenes(tmp_path, samples=1, val_samples=0, tasks=("caption",)),
+            lambda: index_set([tmp_path / "x.tar"], "caption", out),
+        ):
+            with pytest.raises(ValueError, match=f"another process is writing {out}: wait .* another --out"):
+                second()
+        writer.write("b", {"json": b"{}"})
+    assert load_manifest(out).samples == 2
+    assert names(out) == ["manifest.json", "shard-000000.arrow", "shard-000000.tar", "shards.arrow"]
+
+
+def test_a_second_index_leaves_the_first_alone(tmp_path, tars):
+    out, refused = tmp_path / "set", []
+
+    def bar(items, **_):
+        with pytest.raises(ValueError, match=f"another process is writing {out}") as error:
+            index_set(tars[:1], "caption", out)
+        refused.append(error)
+        return items
+
+    index_set(tars, "caption", out, progress=bar)
+    assert refused and load_manifest(out).samples == 9 and len(names(out)) == 5
+
+
+def _index(barrier, shards, out, results):
+    barrier.wait()
+    try:
+        results.put(index_set(shards, "caption", out)["hash"])
+    except ValueError as error:
+        results.put(str(error))
+
+
+def test_processes_that_race_leave_one_set(tmp_path, tars):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(3), context.Queue()
+    for trial in range(5):
+        out = tmp_path / f"set{trial}"
+        racers = [context.Process(target=_index, args=(barrier, tars, out, results)) for _ in range(3)]
+        for racer in racers:
+            racer.start()
+        said = [results.get(timeout=60) for _ in racers]
+        for racer in racers:
+            racer.join()
+        assert [load_manifest(out).hash] == [text for text in said if " " not in text], said
+        assert len(names(out)) == 5
+
+
+def test_a_failed_rename_takes_back_only_its_own(tmp_path, tars, monkeypatch):
+    """Without locks another process may have named its files meanwhile."""
+    out, rename = tmp_path / "set", os.rename
+
+    def fail(source, target):
+        if target.name == "index-000001.arrow":
+            (out / "manifest.json").write_text("another's")
+            raise OSError("disk gone")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="disk gone"):
+            index_set(tars, "caption", out)
+    assert (out / "manifest.json").read_text() == "another's" and names(out) == [".partial", "manifest.json"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_will_do(tmp_path, tars, monkeypatch, code):
+    def flock(handle, kind):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    index_set(tars, "caption", tmp_path / "set")
+    with ShardWriter(tmp_path / "other", "caption") as writer:
+        writer.write("a", {"json": b"{}"})
+    assert len(names(tmp_path / "set")) == 5 and len(names(tmp_path / "other")) == 4
