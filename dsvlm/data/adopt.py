@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from dsvlm.data.scans import Scan, Unfinished, each, open_file
 from dsvlm.data.shard import PARTIAL, check_no_set
 
 TRIED = 100                       # samples that are tried with the fields before all shards are read
+TOGETHER = 16                     # shards that are tried at once: those at URLs are waited for
 IMAGE_COLUMNS = ("image", "jpg", "png", "img")
 
 
@@ -37,8 +39,9 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     iterable, desc=str, total=int) -> iterable. The result is the same for any number of them.
     Returns {"samples", "shards", "bytes", "members", "gathered", "fields", "image", "hash"}; gathered: samples of tars
     with others between their members. ValueError names what is wrong with
-    the fields, when nothing stays in OUT, or with every damaged shard: then OUT/.partial keeps what was made of the
-    others, and the next call reads only those that are not there or have changed since.
+    the fields, when nothing stays in OUT, or with every damaged shard, or with every one but the first that the fields
+    do not fit: then OUT/.partial keeps what was made of the others, and the next call reads only those that are not
+    there or have changed since.
     """
     out = Path(out)
     shards = [str(shard) for shard in shards]
@@ -124,25 +127,47 @@ def shard_name(shard: str, out: Path) -> str:
 
 
 def _scan_tars(shards, directory, task_type, fields, image, each_shard) -> tuple[list[dict], set[str], dict]:
-    found = each_shard(Scan(directory, image=image), shards, check=partial(_check_tar, directory, task_type, fields))
+    tried = {}
+
+    def check(shard: str, row: dict) -> None:
+        tried[shard] = choose_fields(task_type, fields, row["members"])
+        _try_tar(directory, shard, row, tried[shard])
+
+    found = each_shard(Scan(directory, image=image), shards, check=check)
     members = {name for row in found for name in row["members"]}
     if image is not None and image not in members:
         raise ValueError(f"--image {image}: no sample has such a member; there are {', '.join(sorted(members))}")
-    return found, members, {"fields": choose_fields(task_type, fields, members), "image": image}
+    mapping = {"fields": choose_fields(task_type, fields, members), "image": image}
+    left = [(shard, row) for shard, row in zip(shards, found, strict=True) if tried.get(shard) != mapping["fields"]]
+    _try_tars(directory, left, mapping["fields"])
+    return found, members, mapping
 
 
-def _check_tar(directory: Path, task_type: str, fields: list[str], shard: str, row: dict) -> None:
-    """Whether the first tar has the fields."""
-    chosen = choose_fields(task_type, fields, row["members"])
+def _try_tars(directory: Path, found: list[tuple[str, dict]], fields: dict[str, str]) -> None:
+    """Whether samples of every tar fit: others than the first may have other members, or other records in them."""
+    def wrong(shard: str, row: dict) -> str | None:
+        try:
+            _try_tar(directory, shard, row, fields)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        errors = [error for error in pool.map(lambda one: wrong(*one), found) if error]
+    if errors:
+        raise Unfinished(f"{len(errors)} shards do not fit; what was made of all is kept for the next call:\n"
+                         + "\n".join(errors))
+
+
+def _try_tar(directory: Path, shard: str, row: dict, fields: dict[str, str]) -> None:
     table = ShardIndex(directory / row["file"]).table.slice(0, TRIED)
-    _try_fields(shard, chosen, _tar_records(shard, table, chosen))
+    _try_fields(shard, fields, _tar_records(shard, row["bytes"], table, fields))
 
 
-def _tar_records(shard: str, table, fields: dict[str, str]) -> Iterator[Callable[[], dict]]:
-    file = open_file(shard)
+def _tar_records(shard: str, size: int, table, fields: dict[str, str]) -> Iterator[Callable[[], dict]]:
+    file = open_file(shard, size)
 
     def read(row: dict, extension: str) -> bytes:
-        if not row[f"{extension}.offset"]:
+        if not row.get(f"{extension}.offset"):
             raise ValueError(f"sample {row['key']!r} has no {extension}")
         return file.read(row[f"{extension}.offset"], row[f"{extension}.size"])
 

@@ -22,7 +22,7 @@ CHANGES = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", 
 
 
 class Unfinished(ValueError):
-    """Some of several shards could not be read; what the others gave is kept."""
+    """Some of several shards could not be read, or do not fit the fields; what they all gave is kept."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,15 @@ def each(function: Callable, shards: Sequence[str], workers: int = 1, progress=N
     return results
 
 
-def open_file(shard: str):
-    """A shard at a path or URL: `size` and `read(offset, size)`; ValueError when there is none."""
+def open_file(shard: str, size: int | None = None):
+    """A shard at a path or URL: `size` and `read(offset, size)`; ValueError when there is none.
+
+    size: in bytes; None = ask the store.
+    """
     if is_url(shard):
         from dsvlm.data.remote import RemoteFile
 
-        return RemoteFile(shard)
+        return RemoteFile(shard, size)
     if not os.path.isfile(shard):
         raise ValueError(f"no file {shard}")
     return LocalFile(Path(shard))
