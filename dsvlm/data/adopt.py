@@ -9,8 +9,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from dsvlm.data.fields import choose_fields, make_record
-from dsvlm.data.index import ShardIndex
+from dsvlm.data.fields import choose_fields, make_record, shortened
+from dsvlm.data.index import IMAGE_FORMATS, ShardIndex, image_size
 from dsvlm.data.locks import writing
 from dsvlm.data.manifest import (
     INDEXED,
@@ -132,11 +132,15 @@ def _scan_tars(shards, directory, task_type, fields, image, each_shard) -> tuple
     def check(shard: str, row: dict) -> None:
         tried[shard] = choose_fields(task_type, fields, row["members"])
         _try_tar(directory, shard, row, tried[shard])
+        if image in row["members"]:
+            _check_images(directory, [row], image)
 
     found = each_shard(Scan(directory, image=image), shards, check=check)
     members = {name for row in found for name in row["members"]}
     if image is not None and image not in members:
         raise ValueError(f"--image {image}: no sample has such a member; there are {', '.join(sorted(members))}")
+    if image is not None:
+        _check_images(directory, found, image)
     mapping = {"fields": choose_fields(task_type, fields, members), "image": image}
     left = [(shard, row) for shard, row in zip(shards, found, strict=True) if tried.get(shard) != mapping["fields"]]
     _try_tars(directory, left, mapping["fields"])
@@ -154,8 +158,8 @@ def _try_tars(directory: Path, found: list[tuple[str, dict]], fields: dict[str, 
     with ThreadPoolExecutor(TOGETHER) as pool:
         errors = [error for error in pool.map(lambda one: wrong(*one), found) if error]
     if errors:
-        raise Unfinished(f"{len(errors)} shards do not fit; what was made of all is kept for the next call:\n"
-                         + "\n".join(errors))
+        raise Unfinished(f"{len(errors)} of {len(found)} shards do not fit; what was made of all is kept for the "
+                         f"next call:\n" + "\n".join(errors))
 
 
 def _try_tar(directory: Path, shard: str, row: dict, fields: dict[str, str]) -> None:
@@ -187,11 +191,13 @@ def _try_fields(shard: str, fields: dict[str, str], records: Iterable[Callable[[
 
 
 def _scan_parquets(shards, directory, task_type, fields, image, each_shard) -> tuple[list[dict], set[str], dict]:
-    columns = _first(shards, _columns)
+    columns = _first(shards, _schema).names
     image = image or next((name for name in IMAGE_COLUMNS if name in columns), None)
     mapping = {"fields": choose_fields(task_type, fields, columns, columns=True), "image": image}
     _first(shards, partial(_try_parquet, mapping))
     found = each_shard(Scan(directory, mapping=mapping), shards)
+    if image:
+        _check_images(directory, found, image)
     return found, {"json", "image"} if image else {"json"}, mapping
 
 
@@ -206,13 +212,13 @@ def _first(shards: list[str], function: Callable):
     raise ValueError(wrong[0])
 
 
-def _columns(shard: str) -> list[str]:
+def _schema(shard: str):
     import pyarrow.parquet
 
     from dsvlm.data.parquet import RangeFile
 
     try:
-        return pyarrow.parquet.read_schema(RangeFile(open_file(shard))).names
+        return pyarrow.parquet.read_schema(RangeFile(open_file(shard)))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{shard} is not a parquet file ({error}): copy it again") from error
 
@@ -223,3 +229,29 @@ def _try_parquet(mapping: dict, shard: str) -> None:
     file = ParquetFile(shard, open_file(shard), mapping, RowGroups())
     rows = range(min(TRIED, file.rows))
     _try_fields(shard, mapping["fields"], (partial(file.read, row, "json") for row in rows))
+    if mapping["image"]:
+        _try_images(shard, mapping["image"], [partial(file.read, row, "image") for row in rows])
+
+
+def _try_images(shard: str, column: str, rows: list[Callable[[], bytes]]) -> None:
+    """Of the first rows that have something in place of an image, one has to have an image."""
+    reason = None
+    for read in rows:
+        try:
+            data = read()
+            if image_size(data) != (0, 0):
+                return
+            reason = reason or (f"it holds {shortened(data)}" if data else None)
+        except ValueError as error:
+            reason = reason or str(error)
+    if reason is not None:
+        raise ValueError(f"{shard}: {column!r} ({_schema(shard).field(column.partition(':')[0]).type}) holds no image "
+                         f"({', '.join(IMAGE_FORMATS)}) in the first {len(rows)} rows: {reason}; name the column of "
+                         f"the image bytes with --image")
+
+
+def _check_images(directory: Path, found: list[dict], image: str) -> None:
+    """Some sample of the set has an image: where all are absent or no image, the wrong place is named."""
+    if not any(ShardIndex(directory / row["file"]).column("width").any() for row in found):
+        raise ValueError(f"--image {image}: no sample has an image ({', '.join(IMAGE_FORMATS)}) there: name another "
+                         f"member or column with --image")

@@ -1,5 +1,7 @@
 """Shards that do not fit what they are indexed for: named when they are indexed, not when a training masks them all."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dsvlm.data import scans
@@ -14,7 +16,7 @@ def test_every_tar_is_tried_with_the_fields_of_the_set(tmp_path, monkeypatch):
     first = tar(tmp_path / "a.tar", {"a.png": png(1), "a.json": b'{"caption": "x"}'})
     second = tar(tmp_path / "b.tar", {"b.png": png(1), "b.txt": b"y", "b.json": b'{"title": "y"}'})
     out = tmp_path / "set"
-    with pytest.raises(scans.Unfinished, match=r"1 shards do not fit.*\n.*a.tar: none .*'caption': 'txt'.*has no txt"):
+    with pytest.raises(scans.Unfinished, match=r"1 of 2 shards do not fit.*\n.*a.tar: none .*'caption': 'txt'.*no txt"):
         index_set([first, second], "caption", out)
     with pytest.raises(scans.Unfinished, match="b.tar: none of the first 100 samples fits .*no 'caption' of 'caption'"):
         index_set([first, second], "caption", out, ["caption=json:caption"])
@@ -29,3 +31,37 @@ def test_tars_with_other_members_besides_fit(tmp_path):
     index_set([first, second], "caption", tmp_path / "set")
     reader = ShardReader(load_manifest(tmp_path / "set"))
     assert [reader.record(i)["caption"] for i in range(4)] == [f"caption {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "column, given, message",
+    [
+        (pa.array(["a.jpg", "b.jpg"]), None, r"'image' \(string\) holds no image .* first 2 rows: .*holds str"),
+        (pa.array([[1, 2], [3]], pa.list_(pa.uint8())), None, r"'image' \(list<.*uint8>\) holds no image"),
+        (pa.array([[{"bytes": png(1)}], []]), None, r"'image' \(list<.*struct<bytes: binary>>\) holds no image"),
+        (pa.array([b"no image", None]), None, r"'image' \(binary\) holds no image .*: it holds b'no image'"),
+        (pa.array([{"bytes": None, "path": "a"}] * 2), None, "--image image: no sample has an image"),
+        (pa.array([{"url": "http://h/a"}] * 2), None, "--image image: no sample has an image"),
+        (pa.array([png(1), png(2)]), "caption", r"'caption' \(string\) holds no image"),
+        (pa.array([[{"bytes": png(1)}], []]), "image:1", "--image image:1: no sample has an image"),
+    ],
+)
+def test_parquet_files_without_an_image_where_it_is_said_to_be(tmp_path, column, given, message):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": column, "caption": ["x", "y"]}), path)
+    with pytest.raises(ValueError, match=message):
+        index_set([path], "caption", tmp_path / "set", image=given)
+    assert not (tmp_path / "set").exists()
+
+
+def test_the_first_images_may_be_absent(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [None] * 150 + [png(1)], "caption": ["x"] * 151}), path)
+    index_set([path], "caption", tmp_path / "set")
+    assert ShardReader(load_manifest(tmp_path / "set")).image(150) == png(1)
+
+
+def test_a_member_that_is_no_image(tmp_path):
+    with pytest.raises(ValueError, match="--image txt: no sample has an image .PNG, JPEG, WEBP. there"):
+        index_set([tar(tmp_path / "x.tar", captions(0, 2))], "caption", tmp_path / "set", image="txt")
+    assert not (tmp_path / "set").exists()
