@@ -9,6 +9,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dsvlm.data.fields import choose_fields, make_record, shortened
 from dsvlm.data.index import IMAGE_FORMATS, ShardIndex, image_size
 from dsvlm.data.locks import writing
@@ -35,13 +37,14 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     """Write OUT/manifest.json, shards.arrow and an index per shard, so that the files train where they lie.
 
     shards: paths or URLs, all tars or all parquet files. fields: `KEY=PLACE`, see `choose_fields`. image: extension or
-    column of the image; default: the only one there is. workers: processes that read shards; progress: callable(
-    iterable, desc=str, total=int) -> iterable. The result is the same for any number of them.
+    column of the image; default: the only one that a sample of a tar has, or the first of IMAGE_COLUMNS. workers:
+    processes that read shards; progress: callable(iterable, desc=str, total=int) -> iterable. The result is the same
+    for any number of them.
     Returns {"samples", "shards", "bytes", "members", "gathered", "fields", "image", "hash"}; gathered: samples of tars
-    with others between their members. ValueError names what is wrong with
-    the fields, when nothing stays in OUT, or with every damaged shard, or with every one but the first that the fields
-    do not fit: then OUT/.partial keeps what was made of the others, and the next call reads only those that are not
-    there or have changed since.
+    with others between their members.
+    ValueError names what is wrong with the fields or the image, when nothing stays in OUT, or every damaged shard, or
+    all but the first that the fields do not fit: then OUT/.partial keeps what was made of the others, and the next
+    call reads only those that are not there or have changed since.
     """
     out = Path(out)
     shards = [str(shard) for shard in shards]
@@ -132,7 +135,9 @@ def _scan_tars(shards, directory, task_type, fields, image, each_shard) -> tuple
     def check(shard: str, row: dict) -> None:
         tried[shard] = choose_fields(task_type, fields, row["members"])
         _try_tar(directory, shard, row, tried[shard])
-        if image in row["members"]:
+        if image is None:
+            _check_choice(directory, shard, row)
+        elif image in row["members"]:
             _check_images(directory, [row], image)
 
     found = each_shard(Scan(directory, image=image), shards, check=check)
@@ -141,6 +146,9 @@ def _scan_tars(shards, directory, task_type, fields, image, each_shard) -> tuple
         raise ValueError(f"--image {image}: no sample has such a member; there are {', '.join(sorted(members))}")
     if image is not None:
         _check_images(directory, found, image)
+    else:
+        for shard, row in zip(shards, found, strict=True):
+            _check_choice(directory, shard, row)
     mapping = {"fields": choose_fields(task_type, fields, members), "image": image}
     left = [(shard, row) for shard, row in zip(shards, found, strict=True) if tried.get(shard) != mapping["fields"]]
     _try_tars(directory, left, mapping["fields"])
@@ -248,6 +256,18 @@ def _try_images(shard: str, column: str, rows: list[Callable[[], bytes]]) -> Non
         raise ValueError(f"{shard}: {column!r} ({_schema(shard).field(column.partition(':')[0]).type}) holds no image "
                          f"({', '.join(IMAGE_FORMATS)}) in the first {len(rows)} rows: {reason}; name the column of "
                          f"the image bytes with --image")
+
+
+def _check_choice(directory: Path, shard: str, row: dict) -> None:
+    """No sample has several images: which of them trains, the names do not say."""
+    index = ShardIndex(directory / row["file"])
+    if len(index.images) > 1:
+        has = np.stack([index.column(f"{extension}.offset") > 0 for extension in index.images])
+        several = np.flatnonzero(has.sum(axis=0) > 1)
+        if len(several):
+            choices = ", ".join(name for name, there in zip(index.images, has[:, several[0]], strict=True) if there)
+            raise ValueError(f"{shard}: sample {index.key(int(several[0]))!r} has several images, {choices}: say which "
+                             f"one trains with --image")
 
 
 def _check_images(directory: Path, found: list[dict], image: str) -> None:
