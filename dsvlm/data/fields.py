@@ -85,7 +85,7 @@ def checked(key: str, place: str, value):
 
 def decode(data: bytes, extension: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")           # editors of Windows put a mark before the text
     except UnicodeDecodeError as error:
         raise ValueError(f"{extension} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 

@@ -65,3 +65,8 @@ def test_a_member_that_is_no_image(tmp_path):
     with pytest.raises(ValueError, match="--image txt: no sample has an image .PNG, JPEG, WEBP. there"):
         index_set([tar(tmp_path / "x.tar", captions(0, 2))], "caption", tmp_path / "set", image="txt")
     assert not (tmp_path / "set").exists()
+
+
+def test_the_mark_before_a_text_is_no_part_of_it(tmp_path):
+    index_set([tar(tmp_path / "x.tar", {"k.txt": b"\xef\xbb\xbfa dog\n"})], "caption", tmp_path / "set")
+    assert ShardReader(load_manifest(tmp_path / "set")).record(0) == {"caption": "a dog"}
