@@ -80,7 +80,21 @@ def checked(key: str, place: str, value):
     kind = KINDS.get(key, str)
     if key != OPTIONAL and (not isinstance(value, kind) or isinstance(value, bool)):
         raise ValueError(f"{key} ({place}) is {shortened(value)}, not {NAMES[kind]}")
+    if not is_unicode(value):
+        raise ValueError(f"{key} ({place}) is {shortened(value)}: half a character, which UTF-8 cannot write")
     return value
+
+
+def is_unicode(value) -> bool:
+    """Whether all text of a JSON value can be written: JSON may spell halves of characters, as "\\ud800"."""
+    if isinstance(value, str):
+        try:
+            return value.isascii() or bool(value.encode())
+        except UnicodeEncodeError:
+            return False
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return not isinstance(value, list) or all(map(is_unicode, value))
 
 
 def decode(data: bytes, extension: str) -> str:

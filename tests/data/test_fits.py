@@ -1,13 +1,18 @@
 """Shards that do not fit what they are indexed for: named when they are indexed, not when a training masks them all."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dsvlm.data import scans
 from dsvlm.data.adopt import index_set
+from dsvlm.data.convert.webdataset import convert_webdataset
+from dsvlm.data.fields import checked
 from dsvlm.data.manifest import load_manifest
-from dsvlm.data.reader import ShardReader
+from dsvlm.data.reader import BadSample, ShardReader
+from dsvlm.data.verify import verify
 from tests.data.test_adopt import captions, png, tar
 
 
@@ -70,3 +75,27 @@ def test_a_member_that_is_no_image(tmp_path):
 def test_the_mark_before_a_text_is_no_part_of_it(tmp_path):
     index_set([tar(tmp_path / "x.tar", {"k.txt": b"\xef\xbb\xbfa dog\n"})], "caption", tmp_path / "set")
     assert ShardReader(load_manifest(tmp_path / "set")).record(0) == {"caption": "a dog"}
+
+
+HALF = json.dumps({"caption": "a \ud800 dog", "id": [{"\udfff": 1}]}).encode()
+
+
+def test_half_a_character_is_a_sample_that_does_not_fit(tmp_path):
+    path = tar(tmp_path / "x.tar", {"a.json": b'{"caption": "fine"}', "b.json": HALF})
+    index_set([path], "caption", tmp_path / "set")
+    reader = ShardReader(load_manifest(tmp_path / "set"))
+    with pytest.raises(BadSample, match=r"caption \(json:caption\) is 'a .ud800 dog': half a character"):
+        reader.record(1)
+    assert [sample["key"] for sample in verify(tmp_path / "set")["damaged"]] == ["b"]
+    report = convert_webdataset([str(path)], "caption", tmp_path / "copy")
+    assert report["samples"] == 1 and report["skipped"] == {"does_not_fit": 1}
+    with pytest.raises(ValueError, match="x.tar: none of the first .*half a character"):
+        index_set([tar(tmp_path / "x.tar", {"b.json": HALF})], "caption", tmp_path / "none")
+
+
+def test_half_a_character_anywhere_in_a_value():
+    for value in ("x\ud800", ["a", {"b": "\udfff"}], {"\ud800": 1}):
+        with pytest.raises(ValueError, match="source .json. is .*: half a character"):
+            checked("source", "json", value)
+    for value in ("x\U0001f415", ["a", {"b": None}], 7, ""):
+        assert checked("source", "json", value) == value
