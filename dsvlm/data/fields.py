@@ -87,14 +87,19 @@ def checked(key: str, place: str, value):
 
 def is_unicode(value) -> bool:
     """Whether all text of a JSON value can be written: JSON may spell halves of characters, as "\\ud800"."""
-    if isinstance(value, str):
-        try:
-            return value.isascii() or bool(value.encode())
-        except UnicodeEncodeError:
-            return False
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    return not isinstance(value, list) or all(map(is_unicode, value))
+    left = [value]                                # not a call for each: a value may be nested deeply
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return False
+    return True
 
 
 def decode(data: bytes, extension: str) -> str:

@@ -97,5 +97,9 @@ def test_half_a_character_anywhere_in_a_value():
     for value in ("x\ud800", ["a", {"b": "\udfff"}], {"\ud800": 1}):
         with pytest.raises(ValueError, match="source .json. is .*: half a character"):
             checked("source", "json", value)
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    assert checked("boxes", "json:boxes", deep) is deep
     for value in ("x\U0001f415", ["a", {"b": None}], 7, ""):
         assert checked("source", "json", value) == value
