@@ -120,10 +120,13 @@ def load_manifest(directory, cache: str = "") -> Manifest:
     directory: path or URL; of a URL the small files are copied to `cache` (a directory on the node).
     """
     if is_url(str(directory)):
-        from dsvlm.data.remote import mirror
+        from dsvlm.data.remote import download, mirror
 
         url = str(directory).rstrip("/")
-        manifest = replace(load_manifest(mirror(url, (MANIFEST, SHARDS), cache)), url=url)
+        copy = mirror(url, MANIFEST, cache)
+        header = _header(copy / MANIFEST, (copy / MANIFEST).read_bytes())
+        download(f"{url}/{SHARDS}", copy / SHARDS, header["shards_sha256"])
+        manifest = replace(load_manifest(copy), url=url)
         _check_host(manifest)
         return manifest
     directory = Path(directory)

@@ -333,7 +333,7 @@ def _check_index(shared: _Shared, number: int) -> None:
     if manifest.url is not None:
         from dsvlm.data.remote import download
 
-        download(f"{manifest.url}/{path.name}", path)
+        download(f"{manifest.url}/{path.name}", path, expected)
     try:
         found = _sha256(path)
     except OSError as error:
