@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from dsvlm.data.checksum import crc32
+from dsvlm.data.files import write_file
 from dsvlm.data.manifest import Manifest, arrow_bytes
 from dsvlm.data.stream import LocalFile, Stream
 from dsvlm.data.tar import DamagedTar, Member, walk
@@ -149,9 +150,7 @@ def write_index(path) -> dict:
     data = arrow_bytes(table)
     if target.exists() and target.read_bytes() != data:
         raise ValueError(f"{target} exists and is not the index of {path.name}: remove it first")
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(target)
+    write_file(target, data)
     members = [name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset")]
     return {"shard": str(path), "index": str(target), "samples": table.num_rows, "members": members,
             "gathered": gathered(table)}

@@ -13,6 +13,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from dsvlm.data.files import write_file
 from dsvlm.data.index import gathered, scan_tar
 from dsvlm.data.manifest import arrow_bytes, is_parquet, is_url
 from dsvlm.data.stream import LocalFile, Stream
@@ -68,17 +69,9 @@ class Scan:
             raise ValueError(f"{shard} was changed while it was read: wait until it is complete")
         found = {"file": f"{stem}.arrow", "samples": table.num_rows, "bytes": stream.size, "sha256": sha256,
                  "index_sha256": hashlib.sha256(data).hexdigest(), "members": members, "gathered": apart}
-        self._write(found["file"], data)
-        self._write(f"{stem}.json", json.dumps(found).encode())
+        write_file(self.directory / found["file"], data)
+        write_file(self.directory / f"{stem}.json", json.dumps(found).encode())
         return found
-
-    def _write(self, name: str, data: bytes) -> None:
-        partial = self.directory / f"{name}.{os.getpid()}"
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.directory / name)
 
 
 def state(shard: str) -> list | None:
@@ -149,8 +142,10 @@ def _try(function: Callable, shard: str) -> tuple:
     """(result, None), or (None, why there is none)."""
     try:
         return function(shard), None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return None, str(error)
+    except OSError as error:          # a disk's, which knows nothing of shards
+        return None, str(error) if shard in str(error) else f"{shard}: {error}"
 
 
 @contextmanager

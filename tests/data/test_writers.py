@@ -9,7 +9,9 @@ import pytest
 
 from dsvlm.data.adopt import index_set
 from dsvlm.data.convert.scenes import make_scenes
+from dsvlm.data.index import write_index
 from dsvlm.data.manifest import load_manifest
+from dsvlm.data.scans import each
 from dsvlm.data.shard import ShardWriter
 from tests.data.test_adopt import captions, tar
 
@@ -102,3 +104,44 @@ def test_a_file_system_without_locks_will_do(tmp_path, tars, monkeypatch, code):
     with ShardWriter(tmp_path / "other", "caption") as writer:
         writer.write("a", {"json": b"{}"})
     assert len(names(tmp_path / "set")) == 5 and len(names(tmp_path / "other")) == 4
+
+
+def _write_index(barrier, path, results):
+    barrier.wait()
+    try:
+        for _ in range(50):
+            write_index(path)
+        results.put("")
+    except Exception as error:
+        results.put(repr(error))
+
+
+def test_processes_that_write_one_index_beside_a_tar(tars):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    writers = [context.Process(target=_write_index, args=(barrier, tars[0], results)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    assert [results.get(timeout=60) for _ in writers] == ["", ""]
+    for writer in writers:
+        writer.join()
+    assert names(tars[0].parent) == ["0.arrow", "0.tar", "1.tar", "2.tar"]
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that is full when a file is to be kept."""
+
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_is_named_and_nothing_half_is_left(tars, tmp_path, full):
+    with pytest.raises(ValueError, match="0.tar: .* No space left on device: .*0.arrow") as error:
+        each(write_index, [str(path) for path in tars])
+    assert str(error.value).count("No space left") == 3 and names(tmp_path) == ["0.tar", "1.tar", "2.tar"]
+    with pytest.raises(ValueError, match="2.tar: .* No space left on device: '.*/set/.partial/.*arrow'"):
+        index_set(tars, "caption", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
