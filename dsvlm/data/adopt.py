@@ -1,6 +1,7 @@
 """Shard sets over files that other tools wrote: indexes and a manifest beside them, the files left as they are."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dsvlm.data.fields import choose_fields, make_record, shortened
+from dsvlm.data.files import write_file
 from dsvlm.data.index import IMAGE_FORMATS, ShardIndex, image_size
 from dsvlm.data.locks import writing
 from dsvlm.data.manifest import (
@@ -63,6 +65,7 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
         with writing(out):
             try:
                 check_no_set(out)                 # another process may have ended since
+                _take_back(out, part)
                 _check_indexes(out, indexes)
                 part.mkdir(exist_ok=True)
                 found, members, mapping = scan_all(shards, part, task_type, list(fields), image, partial(
@@ -79,6 +82,23 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     return {"samples": sum(row["samples"] for row in found), "shards": len(found), "members": sorted(members),
             "gathered": sum(row["gathered"] for row in found),
             "bytes": sum(row["bytes"] for row in found), "hash": hashlib.sha256(header).hexdigest()} | mapping
+
+
+def _take_back(out: Path, part: Path) -> None:
+    """A call that was killed while it gave files their names has left some with theirs: they are kept as the others."""
+    if not (part / MANIFEST).exists():
+        return
+    gone: dict[str, list[str]] = {}               # sha256 -> names in `part`; shards that are alike have one sha256
+    for path in (part / MANIFEST, *part.glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):         # it was being written
+            found = json.loads(path.read_bytes())
+            is_set = path.name == MANIFEST
+            sha256, name = (found["shards_sha256"], SHARDS) if is_set else (found["index_sha256"], found["file"])
+            if not (part / name).exists():
+                gone.setdefault(sha256, []).append(name)
+    for path in out.glob("*.arrow"):
+        if names := gone.get(hashlib.sha256(path.read_bytes()).hexdigest()):
+            path.replace(part / names.pop())
 
 
 def _check_indexes(out: Path, indexes: list[str]) -> None:
@@ -98,8 +118,8 @@ def _publish(out: Path, task_type: str, names, indexes, found: list[dict], membe
         rows = [row | {"name": name} for row, name in zip(found, names, strict=True)]
         columns = [{column: row[column] for column in SHARDS_SCHEMA.names} for row in rows]
         table, header = manifest_bytes(task_type, columns, members, {INDEXED: {"version": 1} | mapping})
-        (part / SHARDS).write_bytes(table)
-        (part / MANIFEST).write_bytes(header)
+        write_file(part / SHARDS, table)
+        write_file(part / MANIFEST, header)
         files = [row["file"] for row in found]
         for file, name in zip((*files, SHARDS, MANIFEST), (*indexes, SHARDS, MANIFEST), strict=True):
             os.rename(part / file, out / name)

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from dsvlm.data import scans
 from dsvlm.data.adopt import index_set
 from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import write_index
@@ -145,3 +146,40 @@ def test_a_full_disk_is_named_and_nothing_half_is_left(tars, tmp_path, full):
     with pytest.raises(ValueError, match="2.tar: .* No space left on device: '.*/set/.partial/.*arrow'"):
         index_set(tars, "caption", tmp_path / "set")
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("given", range(6))
+def test_what_is_killed_while_it_gives_names_goes_on(tmp_path, tars, monkeypatch, given):
+    """After each number of names; two tars have one index."""
+    tars.append(tar(tmp_path / "twin.tar", captions(0, 2)))
+    out, whole, rename = tmp_path / "set", tmp_path / "whole", os.rename
+    index_set(tars, "caption", whole)
+    child = os.fork()
+    if child == 0:
+        done = []
+
+        def die(source, target):
+            if len(done) == given:
+                os._exit(9)
+            done.append(rename(source, target))
+
+        monkeypatch.setattr(os, "rename", die)
+        index_set(tars, "caption", out)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not (out / "manifest.json").exists()
+    monkeypatch.setattr(scans, "scan_tar", lambda *rest: pytest.fail("it was scanned already"))
+    index_set(tars, "caption", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+
+
+def test_a_file_that_has_the_name_of_an_index_stays(tmp_path, tars):
+    out = tmp_path / "set"
+    out.mkdir()
+    for name in ("index-000001.arrow", "shards.arrow"):
+        (out / name).write_bytes(b"the user's")
+        with pytest.raises(ValueError, match=f"{out / name} exists: choose another --out"):
+            index_set(tars, "caption", out)
+        assert names(out) == [name]
+        (out / name).unlink()
