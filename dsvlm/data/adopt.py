@@ -89,7 +89,7 @@ def _take_back(out: Path, part: Path) -> None:
     if not (part / MANIFEST).exists():
         return
     gone: dict[str, list[str]] = {}               # sha256 -> names in `part`; shards that are alike have one sha256
-    for path in (part / MANIFEST, *part.glob("*.json")):
+    for path in part.glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):         # it was being written
             found = json.loads(path.read_bytes())
             is_set = path.name == MANIFEST

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from dsvlm.data.files import write_file
 
-ATTEMPTS = 7                      # of one request: with the waits below about 16 s
+# Of one request: with the waits below about 16 s when a store refuses at once, and 4 minutes when it never answers.
+ATTEMPTS = 7
+SILENCE = 30                      # seconds without a byte, after which a web server's answer is given up
 FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0                                     # seconds, doubled each time
 CONCURRENT = 16                   # requests of one reader at a time: of a task, in one process
 # Asking again does not help against these; everything else a store raises may be gone the next time.
@@ -53,7 +55,7 @@ class Stores:
 
         key = os.getpid(), "/".join(url.split("/")[:3])
         if (system := self._systems.get(key)) is None:
-            system = self._systems.setdefault(key, fsspec.core.url_to_fs(url)[0])
+            system = self._systems.setdefault(key, fsspec.core.url_to_fs(url, **_options(url))[0])
         return system, system._strip_protocol(url)
 
 
@@ -160,6 +162,20 @@ def cache_directory(cache: str) -> Path:
         raise ValueError(f"{directory} is a link, or others may write to it: set data.remote_cache to a directory of "
                          f"your own")
     return directory
+
+
+def _options(url: str) -> dict:
+    """For web servers a limit of silence: of its own, aiohttp waits five minutes. What the user configured stays."""
+    if url.partition("://")[0] not in ("http", "https"):
+        return {}
+    import aiohttp
+    import fsspec
+
+    given = {}
+    for scheme in ("http", "https"):
+        given |= fsspec.config.conf.get(scheme, {}).get("client_kwargs", {})
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=300, sock_connect=SILENCE, sock_read=SILENCE)}
+            | given}
 
 
 def _keep(target: Path, data: bytes) -> None:
