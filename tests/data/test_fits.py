@@ -10,6 +10,7 @@ from dsvlm.data import scans
 from dsvlm.data.adopt import index_set
 from dsvlm.data.convert.webdataset import convert_webdataset
 from dsvlm.data.fields import checked
+from dsvlm.data.index import index_tar
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.verify import verify
@@ -103,3 +104,11 @@ def test_half_a_character_anywhere_in_a_value():
     assert checked("boxes", "json:boxes", deep) is deep
     for value in ("x\U0001f415", ["a", {"b": None}], 7, ""):
         assert checked("source", "json", value) == value
+
+
+def test_dots_in_names_are_no_extensions(tmp_path):
+    """frame_00001.00001.jpg: each sample would have an extension of its own, and all a place for each of them."""
+    path = tar(tmp_path / "x.tar", {f"frame_{i:05d}.{i:05d}.txt": b"" for i in range(1001)})
+    with pytest.raises(ValueError, match="x.tar: more than 1000 extensions, such as '01000.txt' .* at the first dot"):
+        index_set([path], "caption", tmp_path / "set")
+    assert index_tar(tar(tmp_path / "y.tar", {f"k.{i}": b"" for i in range(1000)})).num_rows == 1
