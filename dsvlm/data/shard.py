@@ -5,9 +5,10 @@ import os
 import re
 import shutil
 import tarfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from dsvlm.data.files import named, sync, write_file
 from dsvlm.data.index import Row, index_row, index_table
 from dsvlm.data.locks import another, is_written, writing
 from dsvlm.data.manifest import MANIFEST, SHARDS, arrow_bytes, manifest_bytes
@@ -54,7 +55,8 @@ class ShardWriter:
                     self._publish()
             finally:
                 if self._file is not None:
-                    self._file.close()
+                    with suppress(OSError):                       # a full disk: what made it known is under way
+                        self._file.close()
                 shutil.rmtree(self._partial, ignore_errors=True)
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
@@ -97,25 +99,22 @@ class ShardWriter:
         self._rows: list[Row] = []
 
     def _append(self, data: bytes) -> None:
-        self._file.write(data)
+        with named(self._file.name):
+            self._file.write(data)
         self._sha256.update(data)
         self._size += len(data)
 
     def _end_shard(self) -> None:
         self._append(bytes(2 * BLOCK))
-        _sync(self._file)
-        self._file.close()
+        with named(self._file.name):
+            sync(self._file)
+            self._file.close()
         self._file = None
         name = f"shard-{len(self._shards):06d}"
         index = arrow_bytes(index_table(self._rows))
-        self._put(f"{name}.arrow", index)
+        write_file(self._partial / f"{name}.arrow", index)
         self._shards.append({"name": f"{name}.tar", "samples": len(self._rows), "bytes": self._size,
                              "sha256": self._sha256.hexdigest(), "index_sha256": hashlib.sha256(index).hexdigest()})
-
-    def _put(self, name: str, data: bytes) -> None:
-        with (self._partial / name).open("wb") as file:
-            file.write(data)
-            _sync(file)
 
     def _publish(self) -> None:
         """Give all files their final names; on failure take back those that have one."""
@@ -123,8 +122,8 @@ class ShardWriter:
             raise ValueError(f"{self.directory}: no sample was written: an empty shard set cannot be trained on")
         self._end_shard()
         table, header = manifest_bytes(self.task_type, self._shards, self._members, self.preprocessing)
-        self._put(SHARDS, table)
-        self._put(MANIFEST, header)
+        write_file(self._partial / SHARDS, table)
+        write_file(self._partial / MANIFEST, header)
         shards = [shard["name"] for shard in self._shards]
         names = [name for shard in shards for name in (shard, shard.replace(".tar", ".arrow"))] + [SHARDS, MANIFEST]
         renamed = []
@@ -160,11 +159,6 @@ def _check_empty(directory: Path) -> None:
     if left is not None:
         raise ValueError(f"{directory} already holds {left.name}, without {MANIFEST}: "
                          f"remove the directory or choose another --out")
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_directory(directory: Path) -> None:

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import resource
+import signal
 
 import pytest
 
@@ -183,3 +185,26 @@ def test_a_file_that_has_the_name_of_an_index_stays(tmp_path, tars):
             index_set(tars, "caption", out)
         assert names(out) == [name]
         (out / name).unlink()
+
+
+def test_a_shard_on_a_full_disk(tmp_path, full):
+    with pytest.raises(OSError, match="No space left on device: '.*/set/.partial/shard-000000.tar'"):
+        with ShardWriter(tmp_path / "set", "caption") as writer:
+            writer.write("a", {"json": b"{}"})
+    assert names(tmp_path / "set") == []
+
+
+def test_a_shard_whose_disk_is_full_while_it_is_written(tmp_path):
+    """Then closing it fails too, for what it holds cannot be written."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="File too large: '.*/set/.partial/shard-000000.tar'"):
+            with ShardWriter(tmp_path / "set", "caption") as writer:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+                for key in "abcdefgh":
+                    writer.write(key, {"json": bytes(3000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    assert names(tmp_path / "set") == []
