@@ -26,7 +26,7 @@ from dsvlm.data.manifest import (
     is_url,
     manifest_bytes,
 )
-from dsvlm.data.scans import Scan, Unfinished, each, open_file
+from dsvlm.data.scans import Scan, Unfinished, check_distinct, each, open_file
 from dsvlm.data.shard import PARTIAL, check_no_set
 
 TRIED = 100                       # samples that are tried with the fields before all shards are read
@@ -54,9 +54,7 @@ def index_set(shards: list[str], task_type: str, out, fields: list[str] = (), im
     parquet = [is_parquet(shard) for shard in shards]
     if any(parquet) and not all(parquet):
         raise ValueError("tars and parquet files in one shard set: index each kind to an --out of its own")
-    twice = next((shard for number, shard in enumerate(shards) if shard in shards[:number]), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is named twice: its samples would count twice")
+    check_distinct(shards)
     names = [shard_name(shard, out) for shard in shards]
     indexes = [index_name(name, number) for number, name in enumerate(names)]
     scan_all = _scan_parquets if all(parquet) else _scan_tars

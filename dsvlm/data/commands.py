@@ -106,7 +106,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from dsvlm.data.index import write_index
     from dsvlm.data.manifest import is_parquet, is_url
-    from dsvlm.data.scans import each
+    from dsvlm.data.scans import check_distinct, each
 
     bar = progress_of(args)
     if args.out is not None:
@@ -117,6 +117,7 @@ def _index(args: argparse.Namespace) -> int:
     for shard in args.shards:
         if is_url(shard) or is_parquet(shard):
             raise ValueError(f"{shard} cannot have an index beside it: give --out DIR and --type")
+    check_distinct(args.shards)
     report = each(write_index, args.shards, args.workers, bar)
     if not _print_json(args, report):
         for entry in report:

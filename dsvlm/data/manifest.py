@@ -74,7 +74,7 @@ class Manifest:
 
 def is_parquet(name: str) -> bool:
     """Whether a path or URL, its query left out, is that of a parquet file."""
-    return name.partition("?")[0].endswith(".parquet")
+    return name.partition("?")[0].lower().endswith(".parquet")
 
 
 def is_url(name: str) -> bool:

@@ -90,6 +90,17 @@ def state(shard: str) -> list | None:
     return [file.size, *changes] if changes else None
 
 
+def check_distinct(shards: Sequence[str]) -> None:
+    """ValueError when two of the shards are one file."""
+    known: dict[str, str] = {}
+    for shard in map(str, shards):
+        place = shard if is_url(shard) else os.path.realpath(shard)
+        if place in known:
+            twice = "is named twice" if known[place] == shard else f"and {known[place]} are one file"
+            raise ValueError(f"{shard} {twice}: its samples would count twice; name it once")
+        known[place] = shard
+
+
 def each(function: Callable, shards: Sequence[str], workers: int = 1, progress=None,
          check: Callable = lambda shard, result: None) -> list:
     """function(shard) of every shard, in order; ValueError at the end names all for which it raised.

@@ -148,7 +148,9 @@ def check_free(directory) -> None:
 
 
 def check_no_set(directory: Path) -> None:
-    """ValueError when the directory already holds a shard set."""
+    """ValueError when the directory already holds a shard set, or is a file."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: --out is the directory of a shard set; choose another")
     if (directory / MANIFEST).exists():
         raise ValueError(f"{directory} already holds a shard set ({MANIFEST}): remove it or choose another --out")
 
@@ -157,8 +159,8 @@ def _check_empty(directory: Path) -> None:
     check_no_set(directory)
     left = next(iter(sorted(directory.glob("shard-*"))), None) or next(iter(directory.glob(SHARDS)), None)
     if left is not None:
-        raise ValueError(f"{directory} already holds {left.name}, without {MANIFEST}: "
-                         f"remove the directory or choose another --out")
+        raise ValueError(f"{directory} already holds {left.name}, without {MANIFEST}: choose another --out, or remove "
+                         f"shard-* and {SHARDS} if a conversion that was interrupted left them")
 
 
 def _sync_directory(directory: Path) -> None:

@@ -13,8 +13,9 @@ from dsvlm.data.fields import checked
 from dsvlm.data.index import index_tar
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import BadSample, ShardReader
+from dsvlm.data.shard import ShardWriter
 from dsvlm.data.verify import verify
-from tests.data.test_adopt import captions, png, tar
+from tests.data.test_adopt import captions, png, run, tar
 
 
 def test_every_tar_is_tried_with_the_fields_of_the_set(tmp_path, monkeypatch):
@@ -112,3 +113,37 @@ def test_dots_in_names_are_no_extensions(tmp_path):
     with pytest.raises(ValueError, match="x.tar: more than 1000 extensions, such as '01000.txt' .* at the first dot"):
         index_set([path], "caption", tmp_path / "set")
     assert index_tar(tar(tmp_path / "y.tar", {f"k.{i}": b"" for i in range(1000)})).num_rows == 1
+
+
+def test_one_file_with_two_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tar(tmp_path / "a.tar", captions(0, 1))
+    (tmp_path / "link.tar").symlink_to("a.tar")
+    for shards, message in (
+        (["a.tar", "./a.tar"], "./a.tar and a.tar are one file: its samples would count twice; name it once"),
+        (["link.tar", tmp_path / "a.tar"], "a.tar and link.tar are one file"),
+        (["a.tar", "a.tar"], "a.tar is named twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index_set(shards, "caption", "set")
+        with pytest.raises(ValueError, match=message):
+            run("index", *shards)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "link.tar"]
+
+
+def test_an_out_that_is_a_file_or_the_directory_of_the_tars(tmp_path):
+    path = tar(tmp_path / "shard-000000.tar", captions(0, 1))
+    for make in (lambda: index_set([path], "caption", path), lambda: ShardWriter(path, "caption").__enter__()):
+        with pytest.raises(ValueError, match="shard-000000.tar is a file: --out is the directory of a shard set"):
+            make()
+    with pytest.raises(ValueError, match="already holds shard-000000.tar, .*: choose another --out, or remove"):
+        ShardWriter(tmp_path, "caption").__enter__()
+    index_set([path], "caption", tmp_path)
+    assert ShardReader(load_manifest(tmp_path)).record(0) == {"caption": "caption 0"}
+
+
+def test_capital_letters_are_parquet_too(tmp_path):
+    path = tmp_path / "X.PARQUET"
+    pq.write_table(pa.table({"caption": ["x"]}), path)
+    index_set([path], "caption", tmp_path / "set")
+    assert ShardReader(load_manifest(tmp_path / "set")).record(0) == {"caption": "x"}
