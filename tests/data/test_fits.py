@@ -8,6 +8,7 @@ import pytest
 
 from dsvlm.data import scans
 from dsvlm.data.adopt import index_set
+from dsvlm.data.commands import to_json
 from dsvlm.data.convert.webdataset import convert_webdataset
 from dsvlm.data.fields import checked
 from dsvlm.data.index import index_tar
@@ -147,3 +148,32 @@ def test_capital_letters_are_parquet_too(tmp_path):
     pq.write_table(pa.table({"caption": ["x"]}), path)
     index_set([path], "caption", tmp_path / "set")
     assert ShardReader(load_manifest(tmp_path / "set")).record(0) == {"caption": "x"}
+
+
+def test_reports_are_json_for_every_parser(tmp_path, capsys):
+    with ShardWriter(tmp_path, "caption", {"ratio": float("nan")}) as writer:
+        writer.write("a", {"json": b'{"caption": "x", "score": -Infinity, "far": 1e999, "n": 1.5}'})
+    assert run("info", tmp_path, "--json") == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert report["preprocessing"] == {"ratio": "NaN"}
+    assert report["first"] == {"caption": "x", "score": "-Infinity", "far": "Infinity", "n": 1.5}
+    assert run("info", tmp_path) == 0 and '{"ratio": "NaN"}' in capsys.readouterr().out
+
+
+def test_a_record_that_is_nested_deeply_is_one_error():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        to_json(deep)
+
+
+def test_names_in_shards_do_not_command_the_terminal(tmp_path, capsys):
+    members = {"a\x1b[31m\r\u00e9.txt": b"\xff", "b.t\x1b[2Jxt": b"x", "c.txt": b"fine"}
+    path = tar(tmp_path / "x.tar", members)
+    assert run("index", path, "--type", "caption", "--out", tmp_path / "set") == 0
+    assert "members t\\x1b[2jxt, txt\n" in capsys.readouterr().out
+    assert run("verify", tmp_path / "set") == 1
+    printed = capsys.readouterr().out
+    assert "../x.tar:a\\x1b[31m\\r\u00e9: txt is not UTF-8" in printed and "\x1b" not in printed
+    assert run("index", path) == 0 and "\x1b" not in capsys.readouterr().out
