@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -166,7 +167,8 @@ def _mapping(workers: int):
         yield map
         return
     # Spawned: the caller may hold threads, and those of fsspec do not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    # They end at Ctrl-C, which reaches them too, without a word: what is to be said about it, their parent says.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
     try:
         yield pool.map
     except BrokenProcessPool as error:

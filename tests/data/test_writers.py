@@ -5,6 +5,10 @@ import fcntl
 import multiprocessing
 import os
 import resource
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -205,3 +209,33 @@ def test_a_shard_whose_disk_is_full_while_it_is_written(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert names(tmp_path / "set") == []
+
+
+INTERRUPTED = """
+import pathlib, sys, time
+from dsvlm.data.scans import each
+
+def scan(shard):
+    pathlib.Path(shard).touch()
+    time.sleep(100)
+
+if __name__ == "__main__":
+    try:
+        each(scan, sys.argv[1:], workers=2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+"""
+
+
+def test_workers_end_at_ctrl_c_without_a_word(tmp_path):
+    (tmp_path / "job.py").write_text(INTERRUPTED)
+    shards = [tmp_path / str(number) for number in range(6)]
+    job = subprocess.Popen(
+        [sys.executable, tmp_path / "job.py", *shards], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (shards[0].exists() and shards[1].exists()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.communicate(timeout=30)[1] == "interrupted\n"
+    assert not shards[5].exists()
