@@ -96,17 +96,17 @@ def _convert(args: argparse.Namespace) -> int:
     report = args.source.run(args, progress_of(args))
     if not _print_json(args, report):
         for path, shards in _shard_sets(report):
-            print(f"{args.out / path}: {shards['samples']} samples, {shards['shards']} shards, {shards['bytes']} bytes")
+            _say(f"{args.out / path}: {shards['samples']} samples, {shards['shards']} shards, {shards['bytes']} bytes")
         for reason, count in report.get("skipped", {}).items():
             if count:
-                print(f"skipped, {reason.replace('_', ' ')}: {count}")
+                _say(f"skipped, {reason.replace('_', ' ')}: {count}")
     return 0
 
 
 def _index(args: argparse.Namespace) -> int:
     from dsvlm.data.index import write_index
     from dsvlm.data.manifest import is_parquet, is_url
-    from dsvlm.data.scans import each
+    from dsvlm.data.scans import check_distinct, each
 
     bar = progress_of(args)
     if args.out is not None:
@@ -117,10 +117,11 @@ def _index(args: argparse.Namespace) -> int:
     for shard in args.shards:
         if is_url(shard) or is_parquet(shard):
             raise ValueError(f"{shard} cannot have an index beside it: give --out DIR and --type")
+    check_distinct(args.shards)
     report = each(write_index, args.shards, args.workers, bar)
     if not _print_json(args, report):
         for entry in report:
-            print(f"{entry['index']}: {entry['samples']} samples, members {', '.join(entry['members'])}")
+            _say(f"{entry['index']}: {entry['samples']} samples, members {', '.join(entry['members'])}")
         _print_gathered(sum(entry["gathered"] for entry in report))
     return 0
 
@@ -132,18 +133,18 @@ def _index_set(args: argparse.Namespace, bar) -> int:
         raise ValueError("--type is needed with --out: which task the samples are for")
     report = index_set(args.shards, args.type, args.out, args.field, args.image, bar, args.workers)
     if not _print_json(args, report):
-        print(f"{args.out}: {report['samples']} samples, {report['shards']} shards, {report['bytes']} bytes, "
-              f"members {', '.join(report['members'])}")
+        _say(f"{args.out}: {report['samples']} samples, {report['shards']} shards, {report['bytes']} bytes, "
+             f"members {', '.join(report['members'])}")
         for key, place in report["fields"].items():
-            print(f"{key:14} {place}")
+            _say(f"{key:14} {place}")
         _print_gathered(report["gathered"])
     return 0
 
 
 def _print_gathered(samples: int) -> None:
     if samples:
-        print(f"{samples} samples were gathered by key: others lie between their members. Here they are whole; what "
-              "reads these tars in order, as webdataset does, has parts of them")
+        _say(f"{samples} samples were gathered by key: others lie between their members. Here they are whole; what "
+             "reads these tars in order, as webdataset does, has parts of them")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -152,11 +153,11 @@ def _verify(args: argparse.Namespace) -> int:
     report = verify(args.directory, args.decode, progress_of(args))
     if not _print_json(args, report):
         for problem in report["problems"]:
-            print(problem)
+            _say(problem)
         for sample in report["damaged"]:
-            print(f"{sample['shard']}:{sample['key']}: {sample['reason']}")
-        print(f"{args.directory}: {report['samples']} samples, {len(report['damaged'])} damaged, "
-              f"{len(report['problems'])} other problems")
+            _say(f"{sample['shard']}:{sample['key']}: {sample['reason']}")
+        _say(f"{args.directory}: {report['samples']} samples, {len(report['damaged'])} damaged, "
+             f"{len(report['problems'])} other problems")
     return 1 if report["problems"] or report["damaged"] else 0
 
 
@@ -166,14 +167,27 @@ def _info(args: argparse.Namespace) -> int:
     report = describe(args.directory)
     if not _print_json(args, report):
         for name, value in report.items():
-            print(f"{name:14} {value if isinstance(value, str | int) else json.dumps(value)}")
+            _say(f"{name:14} {value if isinstance(value, str | int) else to_json(value)}")
     return 0
 
 
 def _print_json(args: argparse.Namespace, report) -> bool:
     if args.json:
-        print(json.dumps(report, sort_keys=True))
+        print(to_json(report, sort_keys=True))
     return args.json
+
+
+def to_json(value, **options) -> str:
+    """JSON that every parser takes: what is no number, which Python spells as NaN, becomes text."""
+    try:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=str), **options)
+    except RecursionError:
+        raise ValueError("the manifest or a record is nested too deeply to print: convert the data again") from None
+
+
+def _say(text: str) -> None:
+    """Print a line; names in it come from shards, and must not command the terminal."""
+    print("".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text))
 
 
 def progress_of(args: argparse.Namespace):

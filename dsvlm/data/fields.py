@@ -80,12 +80,31 @@ def checked(key: str, place: str, value):
     kind = KINDS.get(key, str)
     if key != OPTIONAL and (not isinstance(value, kind) or isinstance(value, bool)):
         raise ValueError(f"{key} ({place}) is {shortened(value)}, not {NAMES[kind]}")
+    if not is_unicode(value):
+        raise ValueError(f"{key} ({place}) is {shortened(value)}: half a character, which UTF-8 cannot write")
     return value
+
+
+def is_unicode(value) -> bool:
+    """Whether all text of a JSON value can be written: JSON may spell halves of characters, as "\\ud800"."""
+    left = [value]                                # not a call for each: a value may be nested deeply
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return False
+    return True
 
 
 def decode(data: bytes, extension: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")           # editors of Windows put a mark before the text
     except UnicodeDecodeError as error:
         raise ValueError(f"{extension} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from dsvlm.data.checksum import crc32
+from dsvlm.data.files import write_file
 from dsvlm.data.manifest import Manifest, arrow_bytes
 from dsvlm.data.stream import LocalFile, Stream
 from dsvlm.data.tar import DamagedTar, Member, walk
@@ -19,6 +20,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "image")                  # `image`: a column of a parquet file
 MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)        # WebDataset: key up to the first dot
 PAYLOAD = 16 * 2**20                                                      # bytes of a member held at once
+EXTENSIONS = 1000                 # of a shard: each is three columns with a row per sample
 
 
 class Row(NamedTuple):
@@ -90,7 +92,7 @@ def index_tar(path) -> pa.Table:
     """Scan an uncompressed tar (ours or any WebDataset tar) into an index table.
 
     ValueError when the tar is truncated or damaged, holds no sample, a member is sparse or its name leaves the
-    archive, or a sample has two members of one extension.
+    archive, a sample has two members of one extension, or there are too many extensions.
     """
     path = Path(path)
     if not path.is_file():
@@ -106,6 +108,7 @@ def scan_tar(name: str, stream: Stream, image: str | None = None) -> pa.Table:
     """
     samples: dict[str, dict[str, tuple[int, int, int]]] = {}
     sizes: dict[str, tuple[str, tuple[int, int]]] = {}               # extension of the image, (width, height)
+    extensions: set[str] = set()
     key = None
     try:
         for member in walk(stream):
@@ -116,6 +119,11 @@ def scan_tar(name: str, stream: Stream, image: str | None = None) -> pa.Table:
                 continue
             _check_member(name, member)
             key, ext = match[1], match[2].lower()
+            extensions.add(ext)
+            if len(extensions) > EXTENSIONS:
+                raise ValueError(f"{name}: more than {EXTENSIONS} extensions, such as {ext!r} of {member.name!r}: the "
+                                 f"key of a member ends at the first dot of its name; rename them, so that only an "
+                                 f"extension follows")
             members = samples.setdefault(key, {})
             if ext in members:
                 raise ValueError(f"{name}: sample {key!r} has two members {ext!r}: give each sample a key of its own, "
@@ -149,9 +157,7 @@ def write_index(path) -> dict:
     data = arrow_bytes(table)
     if target.exists() and target.read_bytes() != data:
         raise ValueError(f"{target} exists and is not the index of {path.name}: remove it first")
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(target)
+    write_file(target, data)
     members = [name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset")]
     return {"shard": str(path), "index": str(target), "samples": table.num_rows, "members": members,
             "gathered": gathered(table)}

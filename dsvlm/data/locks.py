@@ -1,12 +1,16 @@
 """Files that processes of a node lock; OSError on a file system without locks."""
 
+import errno
 import fcntl
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 PATIENCE = 60.0                   # seconds: who holds a lock for longer may have been stopped
 FIRST_PAUSE, LONGEST_PAUSE = 0.0005, 0.02                                # seconds, doubled each time
+LOCK = ".lock"                    # in a directory that one process writes to
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without them answer
 
 
 def lock(path: Path, wait: bool = True) -> int | None:
@@ -60,6 +64,53 @@ def remove_if_left(path: Path | str) -> None:
         pass
     finally:
         os.close(handle)
+
+
+@contextmanager
+def writing(directory: Path):
+    """Holds a directory, made when absent, for the one process that writes a set there; ValueError if another does."""
+    path = directory / LOCK
+    try:
+        handle = _lock_in(directory)
+        if handle is None:
+            raise ValueError(another(directory))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        handle = None                 # nothing can be known about other processes
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if handle is not None:
+            release(handle)
+
+
+def is_written(directory: Path) -> bool:
+    """Whether a process holds the directory with `writing`."""
+    try:
+        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _take(handle, fcntl.LOCK_SH, 0)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def another(directory: Path) -> str:
+    return f"another process is writing {directory}: wait for its end, or choose another --out"
+
+
+def _lock_in(directory: Path) -> int | None:
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock(directory / LOCK, wait=False)
+        except FileNotFoundError:
+            pass                      # another process has ended and removed the directory, which was empty
 
 
 def _take(handle: int, kind: int, patience: float) -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
+from dsvlm.data.fields import shortened
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARDS = "shards.arrow"
@@ -72,7 +74,7 @@ class Manifest:
 
 def is_parquet(name: str) -> bool:
     """Whether a path or URL, its query left out, is that of a parquet file."""
-    return name.partition("?")[0].endswith(".parquet")
+    return name.partition("?")[0].lower().endswith(".parquet")
 
 
 def is_url(name: str) -> bool:
@@ -118,10 +120,13 @@ def load_manifest(directory, cache: str = "") -> Manifest:
     directory: path or URL; of a URL the small files are copied to `cache` (a directory on the node).
     """
     if is_url(str(directory)):
-        from dsvlm.data.remote import mirror
+        from dsvlm.data.remote import download, mirror
 
         url = str(directory).rstrip("/")
-        manifest = replace(load_manifest(mirror(url, (MANIFEST, SHARDS), cache)), url=url)
+        copy = mirror(url, MANIFEST, cache)
+        header = _header(copy / MANIFEST, (copy / MANIFEST).read_bytes())
+        download(f"{url}/{SHARDS}", copy / SHARDS, header["shards_sha256"])
+        manifest = replace(load_manifest(copy), url=url)
         _check_host(manifest)
         return manifest
     directory = Path(directory)
@@ -129,16 +134,7 @@ def load_manifest(directory, cache: str = "") -> Manifest:
     if not path.is_file():
         raise ValueError(_no_manifest(directory))
     data = path.read_bytes()
-    try:
-        header = json.loads(data)
-        found = header["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest ({error!r}): convert the data again") from error
-    if found != FORMAT:
-        raise ValueError(f"{path}: format {found!r}, this version reads format {FORMAT}: convert the data again")
-    for key, kind in HEADER.items():
-        if not isinstance(header.get(key), kind):
-            raise ValueError(f"{path}: {key!r} is {header.get(key)!r}, not {kind.__name__}: convert the data again")
+    header = _header(path, data)
     table = _shards(directory / SHARDS, header["shards_sha256"])
     manifest = Manifest(
         path=directory, type=header["type"], samples=header["samples"], members=tuple(header["members"]),
@@ -147,8 +143,31 @@ def load_manifest(directory, cache: str = "") -> Manifest:
     if sum(manifest.sizes) != manifest.samples or len(manifest.sizes) != header["shards"]:
         raise ValueError(f"{path}: {manifest.samples} samples in {header['shards']} shards, but {SHARDS} lists "
                          f"{sum(manifest.sizes)} in {len(manifest.sizes)}: copy both files again")
+    if manifest.samples < 1:
+        raise ValueError(f"{path}: {manifest.samples} samples: an empty shard set cannot be trained on; convert the "
+                         f"data again")
     _check_names(manifest)
     return manifest
+
+
+def _header(path: Path, data: bytes) -> dict:
+    """The manifest, each of whose values is of its kind."""
+    try:
+        header = json.loads(data)
+        found = header["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a manifest ({error!r}): convert the data again") from error
+    if found != FORMAT:
+        raise ValueError(f"{path}: format {shortened(found)}, this version reads format {FORMAT}: convert the data "
+                         f"again")
+    for key, kind in HEADER.items():
+        if not isinstance(header.get(key), kind) or isinstance(header[key], bool):
+            raise ValueError(f"{path}: {key!r} is {shortened(header.get(key))}, not {kind.__name__}: convert the data "
+                             f"again")
+    wrong = next((member for member in header["members"] if not isinstance(member, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: 'members' has {shortened(wrong)}, not an extension: convert the data again")
+    return header
 
 
 def check_files(manifest: Manifest, remote: bool = True) -> None:
@@ -186,10 +205,14 @@ def _check_names(manifest: Manifest) -> None:
 
     Such a set may name any file its reader may read, as a symbolic link may: take it from those you trust.
     """
-    fields = (manifest.mapping or {"fields": {}}).get("fields")
+    mapping = manifest.preprocessing.get(INDEXED, {"fields": {}})
+    fields, image = (mapping.get("fields"), mapping.get("image")) if isinstance(mapping, dict) else (mapping, None)
     if not isinstance(fields, dict) or not all(isinstance(place, str) for place in fields.values()):
-        raise ValueError(f"{manifest.path / MANIFEST}: preprocessing.{INDEXED}.fields is {fields!r}, not record keys "
-                         f"with their places: index the shards again")
+        raise ValueError(f"{manifest.path / MANIFEST}: preprocessing.{INDEXED}.fields is {shortened(fields)}, not "
+                         f"record keys with their places: index the shards again")
+    if not isinstance(image, str | None):
+        raise ValueError(f"{manifest.path / MANIFEST}: preprocessing.{INDEXED}.image is {shortened(image)}, not an "
+                         f"extension or column: index the shards again")
     ours = manifest.mapping is None
     for name in manifest.names:
         parts = name.split("/")
@@ -217,7 +240,16 @@ def _shards(path: Path, expected: str) -> dict[str, list]:
     if found != expected:
         raise ValueError(f"{path}: sha256 {expected} expected by {MANIFEST}, {found} found: "
                          f"the two files are of different conversions or damaged; copy both again")
-    return pa.ipc.open_file(pa.BufferReader(data)).read_all().to_pydict()
+    try:
+        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a table ({error}): convert the data again") from error
+    for name, kind in zip(SHARDS_SCHEMA.names, SHARDS_SCHEMA.types, strict=True):
+        found = str(table.schema.field(name).type) if table.column_names.count(name) == 1 else "absent"
+        if found != str(kind) or table.column(name).null_count:
+            raise ValueError(f"{path}: column {name!r} is {found}{' with nulls' * (found == str(kind))}, not {kind}: "
+                             f"convert the data again")
+    return table.to_pydict()
 
 
 def _no_manifest(directory: Path) -> str:

@@ -14,7 +14,7 @@ from os import pread
 import numpy as np
 
 from dsvlm.data.checksum import crc32
-from dsvlm.data.fields import make_record
+from dsvlm.data.fields import is_unicode, make_record
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.manifest import Manifest, is_url
 from dsvlm.data.stream import LocalFile
@@ -247,6 +247,8 @@ class _Shard:
             raise BadSample(f"the record is not JSON ({error})", self.where(row)) from error
         if not isinstance(record, dict):
             raise BadSample(f"the record is a {type(record).__name__}, not an object", self.where(row))
+        if (b"\\" in data or not data.isascii()) and not is_unicode(record):
+            raise BadSample("the record holds half a character, which UTF-8 cannot write", self.where(row))
         return record
 
     def read(self, row: int, extension: str, check: bool = True) -> bytes:
@@ -333,7 +335,7 @@ def _check_index(shared: _Shared, number: int) -> None:
     if manifest.url is not None:
         from dsvlm.data.remote import download
 
-        download(f"{manifest.url}/{path.name}", path)
+        download(f"{manifest.url}/{path.name}", path, expected)
     try:
         found = _sha256(path)
     except OSError as error:

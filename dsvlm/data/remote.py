@@ -12,7 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-ATTEMPTS = 7                      # of one request: with the waits below about 16 s
+from dsvlm.data.files import write_file
+
+# Of one request: with the waits below about 16 s when a store refuses at once, and 4 minutes when it never answers.
+ATTEMPTS = 7
+SILENCE = 30                      # seconds without a byte, after which a web server's answer is given up
 FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0                                     # seconds, doubled each time
 CONCURRENT = 16                   # requests of one reader at a time: of a task, in one process
 # Asking again does not help against these; everything else a store raises may be gone the next time.
@@ -51,7 +55,7 @@ class Stores:
 
         key = os.getpid(), "/".join(url.split("/")[:3])
         if (system := self._systems.get(key)) is None:
-            system = self._systems.setdefault(key, fsspec.core.url_to_fs(url)[0])
+            system = self._systems.setdefault(key, fsspec.core.url_to_fs(url, **_options(url))[0])
         return system, system._strip_protocol(url)
 
 
@@ -120,29 +124,32 @@ def sizes(urls: Iterable[str]) -> dict[str, int | None]:
         return dict(zip(urls, pool.map(lambda url: retry(url, url, lambda: size(url)), urls), strict=True))
 
 
-def download(url: str, target: Path) -> None:
-    """Copy a small file, unless it is there already; complete or absent, also with several processes at it."""
-    if target.exists():
+def download(url: str, target: Path, sha256: str = "") -> None:
+    """Copy a small file, unless it is there already; complete or absent, also with several processes at it.
+
+    sha256: of its content; a copy that has another is fetched again. ValueError when the store has other content too.
+    """
+    if target.exists() and sha256 in ("", _sha256(target)):
         return
     data = retry(url, target.name, lambda: _whole(url))
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.{random.getrandbits(32):08x}.partial")
-    partial.write_bytes(data)
-    partial.replace(target)
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 not in ("", found):
+        raise ValueError(f"{url}: sha256 {sha256} expected, {found} found: the set is being copied there, or the copy "
+                         f"is damaged; wait for its end, or copy it again")
+    _keep(target, data)
 
 
-def mirror(url: str, names: Iterable[str], cache: str) -> Path:
-    """A local directory with the named files of a directory at a URL; one directory per content of the first."""
-    first, *others = names
+def mirror(url: str, name: str, cache: str) -> Path:
+    """A local directory with the named file of a directory at a URL; one directory for each content it ever had."""
     try:
-        data = retry(f"{url}/{first}", first, lambda: _whole(f"{url}/{first}"))
+        data = retry(f"{url}/{name}", name, lambda: _whole(f"{url}/{name}"))
     except RemoteError as error:
         raise ValueError(f"no shard set at {url}: {error}") from error
     content = hashlib.sha256(url.encode() + b"\0" + data).hexdigest()[:32]
-    directory = cache_directory(cache) / "sets" / content
-    for name in (first, *others):
-        download(f"{url}/{name}", directory / name)
-    return directory
+    target = cache_directory(cache) / "sets" / content / name
+    if not target.exists() or target.read_bytes() != data:
+        _keep(target, data)
+    return target.parent
 
 
 def cache_directory(cache: str) -> Path:
@@ -155,6 +162,32 @@ def cache_directory(cache: str) -> Path:
         raise ValueError(f"{directory} is a link, or others may write to it: set data.remote_cache to a directory of "
                          f"your own")
     return directory
+
+
+def _options(url: str) -> dict:
+    """For web servers a limit of silence: of its own, aiohttp waits five minutes. What the user configured stays."""
+    if url.partition("://")[0] not in ("http", "https"):
+        return {}
+    import aiohttp
+    import fsspec
+
+    given = {}
+    for scheme in ("http", "https"):
+        given |= fsspec.config.conf.get(scheme, {}).get("client_kwargs", {})
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=300, sock_connect=SILENCE, sock_read=SILENCE)}
+            | given}
+
+
+def _keep(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_file(target, data)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return "unreadable"           # a disk that fails, or another process that cleans up
 
 
 def _whole(url: str) -> bytes:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +14,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from dsvlm.data.files import write_file
 from dsvlm.data.index import gathered, scan_tar
 from dsvlm.data.manifest import arrow_bytes, is_parquet, is_url
 from dsvlm.data.stream import LocalFile, Stream
@@ -22,7 +24,7 @@ CHANGES = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", 
 
 
 class Unfinished(ValueError):
-    """Some of several shards could not be read; what the others gave is kept."""
+    """Some of several shards could not be read, or do not fit the fields; what they all gave is kept."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,9 @@ class Scan:
             raise ValueError(f"{shard} was changed while it was read: wait until it is complete")
         found = {"file": f"{stem}.arrow", "samples": table.num_rows, "bytes": stream.size, "sha256": sha256,
                  "index_sha256": hashlib.sha256(data).hexdigest(), "members": members, "gathered": apart}
-        self._write(found["file"], data)
-        self._write(f"{stem}.json", json.dumps(found).encode())
+        write_file(self.directory / found["file"], data)
+        write_file(self.directory / f"{stem}.json", json.dumps(found).encode())
         return found
-
-    def _write(self, name: str, data: bytes) -> None:
-        partial = self.directory / f"{name}.{os.getpid()}"
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.directory / name)
 
 
 def state(shard: str) -> list | None:
@@ -95,6 +89,17 @@ def state(shard: str) -> list | None:
     info = retry(shard, shard, lambda: system.info(path))
     changes = [str(info[name]) for name in CHANGES if info.get(name)]
     return [file.size, *changes] if changes else None
+
+
+def check_distinct(shards: Sequence[str]) -> None:
+    """ValueError when two of the shards are one file."""
+    known: dict[str, str] = {}
+    for shard in map(str, shards):
+        place = shard if is_url(shard) else os.path.realpath(shard)
+        if place in known:
+            twice = "is named twice" if known[place] == shard else f"and {known[place]} are one file"
+            raise ValueError(f"{shard} {twice}: its samples would count twice; name it once")
+        known[place] = shard
 
 
 def each(function: Callable, shards: Sequence[str], workers: int = 1, progress=None,
@@ -125,12 +130,15 @@ def each(function: Callable, shards: Sequence[str], workers: int = 1, progress=N
     return results
 
 
-def open_file(shard: str):
-    """A shard at a path or URL: `size` and `read(offset, size)`; ValueError when there is none."""
+def open_file(shard: str, size: int | None = None):
+    """A shard at a path or URL: `size` and `read(offset, size)`; ValueError when there is none.
+
+    size: in bytes; None = ask the store.
+    """
     if is_url(shard):
         from dsvlm.data.remote import RemoteFile
 
-        return RemoteFile(shard)
+        return RemoteFile(shard, size)
     if not os.path.isfile(shard):
         raise ValueError(f"no file {shard}")
     return LocalFile(Path(shard))
@@ -146,8 +154,10 @@ def _try(function: Callable, shard: str) -> tuple:
     """(result, None), or (None, why there is none)."""
     try:
         return function(shard), None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return None, str(error)
+    except OSError as error:          # a disk's, which knows nothing of shards
+        return None, str(error) if shard in str(error) else f"{shard}: {error}"
 
 
 @contextmanager
@@ -157,7 +167,8 @@ def _mapping(workers: int):
         yield map
         return
     # Spawned: the caller may hold threads, and those of fsspec do not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    # They end at Ctrl-C, which reaches them too, without a word: what is to be said about it, their parent says.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
     try:
         yield pool.map
     except BrokenProcessPool as error:

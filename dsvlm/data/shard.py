@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import tarfile
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from dsvlm.data.files import named, sync, write_file
 from dsvlm.data.index import Row, index_row, index_table
+from dsvlm.data.locks import another, is_written, writing
 from dsvlm.data.manifest import MANIFEST, SHARDS, arrow_bytes, manifest_bytes
 from dsvlm.data.tar import BLOCK
 
@@ -20,7 +23,8 @@ class ShardWriter:
     """Context manager that writes one shard set; the files get their names at the end, `manifest.json` last.
 
     The same samples in the same order give the same bytes. An exception leaves nothing behind. ValueError when the
-    directory already holds shards, a key or extension is not allowed, a key comes twice, or no sample came.
+    directory already holds shards, another process writes there, a key or extension is not allowed, a key comes twice,
+    or no sample came.
     """
 
     def __init__(self, directory, task_type: str, preprocessing: dict | None = None, shard_bytes: int = 256 * 2**20):
@@ -36,18 +40,24 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         check_free(self.directory)
-        shutil.rmtree(self._partial, ignore_errors=True)          # left by a writer that was killed
-        self._partial.mkdir(parents=True)
+        with ExitStack() as held:
+            held.enter_context(writing(self.directory))
+            _check_empty(self.directory)                          # another writer may have ended since
+            shutil.rmtree(self._partial, ignore_errors=True)      # left by a writer that was killed
+            self._partial.mkdir()
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            if self._file is not None:
-                self._file.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
+        with self._held:
+            try:
+                if kind is None:
+                    self._publish()
+            finally:
+                if self._file is not None:
+                    with suppress(OSError):                       # a full disk: what made it known is under way
+                        self._file.close()
+                shutil.rmtree(self._partial, ignore_errors=True)
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Append one sample; `members`: extension -> payload, `json` (the record) among them."""
@@ -89,25 +99,22 @@ class ShardWriter:
         self._rows: list[Row] = []
 
     def _append(self, data: bytes) -> None:
-        self._file.write(data)
+        with named(self._file.name):
+            self._file.write(data)
         self._sha256.update(data)
         self._size += len(data)
 
     def _end_shard(self) -> None:
         self._append(bytes(2 * BLOCK))
-        _sync(self._file)
-        self._file.close()
+        with named(self._file.name):
+            sync(self._file)
+            self._file.close()
         self._file = None
         name = f"shard-{len(self._shards):06d}"
         index = arrow_bytes(index_table(self._rows))
-        self._put(f"{name}.arrow", index)
+        write_file(self._partial / f"{name}.arrow", index)
         self._shards.append({"name": f"{name}.tar", "samples": len(self._rows), "bytes": self._size,
                              "sha256": self._sha256.hexdigest(), "index_sha256": hashlib.sha256(index).hexdigest()})
-
-    def _put(self, name: str, data: bytes) -> None:
-        with (self._partial / name).open("wb") as file:
-            file.write(data)
-            _sync(file)
 
     def _publish(self) -> None:
         """Give all files their final names; on failure take back those that have one."""
@@ -115,36 +122,45 @@ class ShardWriter:
             raise ValueError(f"{self.directory}: no sample was written: an empty shard set cannot be trained on")
         self._end_shard()
         table, header = manifest_bytes(self.task_type, self._shards, self._members, self.preprocessing)
-        self._put(SHARDS, table)
-        self._put(MANIFEST, header)
+        write_file(self._partial / SHARDS, table)
+        write_file(self._partial / MANIFEST, header)
         shards = [shard["name"] for shard in self._shards]
         names = [name for shard in shards for name in (shard, shard.replace(".tar", ".arrow"))] + [SHARDS, MANIFEST]
+        renamed = []
         try:
             for name in names:
                 if name == MANIFEST:
                     _sync_directory(self.directory)               # the shards are on disk before the manifest is
                 os.rename(self._partial / name, self.directory / name)
+                renamed.append(name)
             _sync_directory(self.directory)
         except BaseException:
-            for name in reversed(names):
+            for name in reversed(renamed):                        # the others may be somebody else's
                 (self.directory / name).unlink(missing_ok=True)
             raise
 
 
 def check_free(directory) -> None:
-    """ValueError when the directory already holds a shard set, or shards of a writer that was killed."""
-    directory = Path(directory)
+    """ValueError when a process writes a set there, or the directory holds one, or shards of a killed writer."""
+    if is_written(Path(directory)):
+        raise ValueError(another(directory))
+    _check_empty(Path(directory))
+
+
+def check_no_set(directory: Path) -> None:
+    """ValueError when the directory already holds a shard set, or is a file."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: --out is the directory of a shard set; choose another")
     if (directory / MANIFEST).exists():
         raise ValueError(f"{directory} already holds a shard set ({MANIFEST}): remove it or choose another --out")
+
+
+def _check_empty(directory: Path) -> None:
+    check_no_set(directory)
     left = next(iter(sorted(directory.glob("shard-*"))), None) or next(iter(directory.glob(SHARDS)), None)
     if left is not None:
-        raise ValueError(f"{directory} already holds {left.name}, without {MANIFEST}: "
-                         f"remove the directory or choose another --out")
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        raise ValueError(f"{directory} already holds {left.name}, without {MANIFEST}: choose another --out, or remove "
+                         f"shard-* and {SHARDS} if a conversion that was interrupted left them")
 
 
 def _sync_directory(directory: Path) -> None:

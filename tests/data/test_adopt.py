@@ -183,11 +183,15 @@ def test_a_sample_that_does_not_fit_is_masked_not_the_run(tmp_path):
 
 
 def test_the_image_that_is_meant(tmp_path):
-    """`depth.png` comes first in the order of extensions, but --image says which one trains."""
+    """`depth.png` comes first in the order of extensions; only --image says which one trains."""
     path = tar(tmp_path / "x.tar", {"k.depth.png": png(1), "k.jpg": png(2), "k.txt": b"t"})
-    index_set([path], "caption", tmp_path / "first")
+    with pytest.raises(ValueError, match="x.tar: sample 'k' has several images, depth.png, jpg: say which .* --image"):
+        index_set([path], "caption", tmp_path / "first")
+    one = tar(tmp_path / "one.tar", {"a.jpg": png(2), "a.txt": b"t", "b.png": png(2), "b.txt": b"t"})
+    with pytest.raises(ValueError, match="x.tar: sample 'k' has several images"):
+        index_set([one, path], "caption", tmp_path / "first")
+    assert index_set([one], "caption", tmp_path / "first")["samples"] == 2
     index_set([path], "caption", tmp_path / "meant", image="jpg")
-    assert ShardReader(load_manifest(tmp_path / "first")).image(0) == png(1)
     assert ShardReader(load_manifest(tmp_path / "meant")).image(0) == png(2)
     assert load_manifest(tmp_path / "meant").mapping["image"] == "jpg" and not verify(tmp_path / "meant")["damaged"]
 

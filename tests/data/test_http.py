@@ -4,10 +4,12 @@ import os
 import re
 import socket
 import threading
+import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -112,3 +114,24 @@ def test_no_connection_is_not_no_file(url, tmp_path, monkeypatch):
     assert len(waits) == remote.ATTEMPTS - 1
     (tmp_path / "x.tar").write_bytes(bytes(1000))
     assert remote.sizes([f"{url}/x.tar", f"{url}/y.tar"]) == {f"{url}/x.tar": 1000, f"{url}/y.tar": None}
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    """It takes the connection and is silent."""
+    for name, value in {"SILENCE": 0.2, "ATTEMPTS": 2, "FIRST_WAIT": 0.01}.items():
+        monkeypatch.setattr(remote, name, value)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="no shard set at .*after 2 attempts: .*Timeout"):
+            load_manifest(f"http://127.0.0.1:{silent.getsockname()[1]}/set", str(tmp_path / "cache"))
+        with pytest.raises(OSError, match="x.tar cannot be read .* after 2 attempts"):
+            remote.sizes([f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar"])
+    assert time.monotonic() - start < 20
+
+
+def test_what_the_user_set_for_web_servers_stays(monkeypatch):
+    monkeypatch.setattr(fsspec.config, "conf", {"https": {"client_kwargs": {"trust_env": True}}})
+    found = remote.Stores().connect("https://h/x")[0].client_kwargs
+    assert found["trust_env"] and found["timeout"].sock_read == remote.SILENCE
+    monkeypatch.setattr(fsspec.config, "conf", {"http": {"client_kwargs": {"timeout": 7}}})
+    assert remote.Stores().connect("http://h/x")[0].client_kwargs == {"timeout": 7}

@@ -1,5 +1,6 @@
 """Remote shards: the same bytes as local ones, few requests, a cache that several processes share, stores that fail."""
 
+import errno
 import os
 import pickle
 import subprocess
@@ -315,3 +316,33 @@ def test_threads_may_start_fetching_at_once(reader):
 def test_join():
     assert join("s3://b/data/", "a/b") == "s3://b/data/a/b" and join("data", "a") == "data/a"
     assert join("data", "s3://b/c") == "s3://b/c" and join("data", "/x") == "/x"
+
+
+def test_a_set_that_was_looked_at_while_it_was_copied_is_read_when_it_is_complete(local, tmp_path):
+    """Nothing that does not belong together is kept; what is damaged in the cache is fetched again."""
+    cache, url, names = str(tmp_path / "cache"), f"file://{local.path}", ("shards.arrow", "shard-000000.arrow")
+    whole = {name: (local.path / name).read_bytes() for name in names}
+    (local.path / names[0]).write_bytes(whole[names[0]][:-1])
+    with pytest.raises(ValueError, match=f"{url}/{names[0]}: sha256 .* expected, .* found: the set is being copied"):
+        load_manifest(url, cache)
+    (local.path / names[0]).write_bytes(whole[names[0]])
+    manifest = load_manifest(url, cache)
+    (local.path / names[1]).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{url}/{names[1]}: sha256 .* expected, .* found: the set is being copied"):
+        ShardReader(manifest, cache).record(0)
+    assert sorted(path.name for path in manifest.path.iterdir()) == ["manifest.json", "shards.arrow"]
+    (local.path / names[1]).write_bytes(whole[names[1]])
+    assert equal(ShardReader(manifest, cache), local, range(3))
+    for name in ("manifest.json", *names):
+        (manifest.path / name).write_bytes(b"damaged")
+    assert equal(ShardReader(load_manifest(url, cache), cache), local, range(3))
+
+
+def test_a_copy_that_fails_leaves_nothing(local, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: '.*/cache/sets/.*/manifest.json'"):
+        load_manifest(f"file://{local.path}", str(tmp_path / "cache"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -225,9 +225,12 @@ def test_an_index_that_lies_about_a_place_masks_the_sample(shards, offset, size,
 
 
 def test_records_that_are_no_objects(tmp_path):
-    manifest = write(tmp_path / "set", [("a", {"json": b"{"}), ("b", {"json": b"[1]"}), ("c", {"json": b"\xff"})])
+    records = (b"{", b"[1]", b"\xff", b'{"c":"\\ud800"}', b'{"a":[{"\xed\xa0\x80":1}]}', b'{"a":"\\ud83d\\udc15"}')
+    manifest = write(tmp_path / "set", [(f"{i}", {"json": record}) for i, record in enumerate(records)])
     reader = ShardReader(manifest)
-    for i, reason in enumerate(("not JSON", "a list, not an object", "not JSON")):
+    assert reader.record(5) == {"a": "\U0001f415"}
+    half = "holds half a character"
+    for i, reason in enumerate(("not JSON", "a list, not an object", "not JSON", half, half)):
         with pytest.raises(BadSample, match=reason) as error:
             reader.record(i)
         assert pickle.loads(pickle.dumps(error.value)).reason == error.value.reason
