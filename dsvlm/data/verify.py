@@ -61,7 +61,10 @@ def verify(directory, decode: bool = False, progress=None) -> dict:
 def _check_index(manifest: Manifest, number: int) -> list[str]:
     path = manifest.index(number)
     if manifest.url is not None:
-        download(f"{manifest.url}/{path.name}", path)
+        try:
+            download(f"{manifest.url}/{path.name}", path, manifest.index_sha256[number])
+        except ValueError as error:
+            return [f"index {path.name}: {error}"]
     if not path.is_file():
         return [f"index {path.name} is missing"]
     found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,6 +16,7 @@ from dsvlm import __version__
 from dsvlm.config import Recipe, nearest
 from dsvlm.data.boxes import encode_box
 from dsvlm.data.encode import UNFIT, encode_sample
+from dsvlm.data.files import write_file
 from dsvlm.data.manifest import check_files
 from dsvlm.data.reader import BadSample, ShardReader
 from dsvlm.data.sample import Boxes, Segment, Text
@@ -24,7 +25,7 @@ from dsvlm.eval.generate import Room, answers, encode_question, head_answers
 from dsvlm.eval.load import latest_checkpoint, load_decoder, load_run
 from dsvlm.tasks import TaskType
 from dsvlm.train.build import head_indexes, make_reader, task_manifest, task_types
-from dsvlm.train.checkpoint import read_state, write_file
+from dsvlm.train.checkpoint import read_state
 
 if TYPE_CHECKING:
     from dsvlm.model.git import GitVlm

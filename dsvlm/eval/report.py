@@ -10,11 +10,12 @@ from statistics import median
 import yaml
 
 from dsvlm.config import Recipe
+from dsvlm.data.files import write_file
 from dsvlm.eval.charts import Series, legend, line_chart, sparkline
 from dsvlm.eval.evaluate import versions
 from dsvlm.eval.gallery import CARDS, gallery
 from dsvlm.eval.style import stylesheet
-from dsvlm.train.checkpoint import complete_checkpoints, write_file
+from dsvlm.train.checkpoint import complete_checkpoints
 from dsvlm.train.metrics import read_lines
 from dsvlm.train.rundir import read_recipe
 

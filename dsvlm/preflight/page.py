@@ -2,13 +2,13 @@
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from dsvlm.data.files import write_file
 from dsvlm.data.sample import Box
 from dsvlm.eval.gallery import outline
 from dsvlm.eval.report import page
@@ -44,12 +44,7 @@ def render_page(title: str, note: str, facts: dict[str, str], rows: dict[str, di
 
 def write_page(out: Path, html: str) -> None:
     """Writes a page whole or not at all, and touches no other file; half a surrogate pair is spelt out."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(html.encode("utf-8", "backslashreplace"))
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(out, html.encode("utf-8", "backslashreplace"))
 
 
 def heading(title: str, note: str, facts: dict[str, str]) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsvlm.data.files import write_file
 from dsvlm.train.build import hash_of
 from dsvlm.train.fragments import STATES, gather, set_update_count, shape_of, trainable, write_fragment
 
@@ -150,17 +151,6 @@ def remove_old(run_dir: Path, keep: int) -> None:
         if old not in kept and old < kept[-1]:
             (old / "COMPLETE.json").unlink(missing_ok=True)  # first: an interrupted removal leaves no complete one
             shutil.rmtree(old)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """A file with its whole content or not at all; what a full disk leaves of it goes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        replace_durably(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def replace_durably(temporary: Path, path: Path) -> None:

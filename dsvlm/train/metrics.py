@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsvlm.train.checkpoint import write_file
+from dsvlm.data.files import write_file
 
 
 class Metrics:

@@ -8,11 +8,12 @@ from pathlib import Path
 import yaml
 
 from dsvlm.config import Recipe, parse_recipe
+from dsvlm.data.files import write_file
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.data.transforms import check_decoder, resolve_decoder
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, make_tokenizer, manifest_record
-from dsvlm.train.checkpoint import complete_checkpoints, write_file
+from dsvlm.train.checkpoint import complete_checkpoints
 from dsvlm.train.pretrained import check_contents, check_places
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from dsvlm.config import parse_recipe
 from dsvlm.data.convert.scenes import make_scenes
+from dsvlm.data.files import write_file
 from dsvlm.train.build import make_model, make_tokenizer, plan_run
-from dsvlm.train.checkpoint import RunState, directory_of, entry_of, write_file
+from dsvlm.train.checkpoint import RunState, directory_of, entry_of
 
 VISION = {"image_size": 20, "patch_size": 10, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
           "num_attention_heads": 2}  # fmt: skip

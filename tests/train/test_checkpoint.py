@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.resume import unlike
+from dsvlm.data.files import write_file
 from dsvlm.schedule.controller import Controlled, StopAndGo
 from dsvlm.schedule.mixture import Phase
 from dsvlm.train.build import hash_of
@@ -25,7 +26,6 @@ from dsvlm.train.checkpoint import (
     read_state,
     read_tensors,
     remove_old,
-    write_file,
     write_tensors,
 )
 

@@ -12,10 +12,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from dsvlm.config import parse_recipe
 from dsvlm.data.convert.scenes import make_scenes
+from dsvlm.data.files import write_file
 from dsvlm.data.tokenizer import load_tokenizer
 from dsvlm.eval.load import load_run
 from dsvlm.train.build import make_model, make_tokenizer, plan_run
-from dsvlm.train.checkpoint import RunState, directory_of, entry_of, write_file
+from dsvlm.train.checkpoint import RunState, directory_of, entry_of
 from dsvlm.train.pretrained import begin_model
 from dsvlm.train.rundir import check_start, prepare_run
 from tests.dist.recipes import DECODERS, RAW, VISION
