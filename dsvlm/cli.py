@@ -224,6 +224,9 @@ def run(argv: Sequence[str]) -> int:
         return args.run(args)
     except BrokenPipeError:
         return 0  # the reader, `head` for one, has seen enough
+    except KeyboardInterrupt:
+        print("dsvlm: interrupted", file=sys.stderr)
+        return 130  # as shells tell a death by that signal
     except (ValueError, OSError) as error:
         if "DSVLM_TRACEBACK" in os.environ:
             raise

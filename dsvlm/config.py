@@ -28,6 +28,7 @@ LATER = {
 
 # Files that are part of a run by their content, which run.json has (dsvlm.train.pretrained), wherever they lie.
 BY_CONTENT = ("model.vision.pretrained", "model.decoder.pretrained", "model.start_from", "text.tokenizer")
+LOCAL_FILES = "local files"  # what the identity has of them
 
 CUT = ("train.micro_batch", "train.micro_tokens", "train.buckets", "schedule.rounds", ".pack")  # of windows into units
 
@@ -252,7 +253,7 @@ class Recipe:
         # experts with room for a whole unit: how the window is cut is part of what the run is
         cut = CUT if self.model.moe and self.model.moe.group == "unit" else ()
         kept = {path: value for path, value in flat.items() if not is_execution(path) or path.endswith(cut)}
-        kept |= {path: "local files" for path in BY_CONTENT if kept[path] not in (None, "train")}
+        kept |= {path: LOCAL_FILES for path in BY_CONTENT if kept[path] not in (None, "train")}
         return {path: value for path, value in kept.items() if path not in LATER or value != LATER[path]}
 
     def identity_hash(self) -> str:

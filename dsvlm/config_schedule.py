@@ -11,6 +11,7 @@ MIXTURES = ("proportional", "temperature", "annealed", "piecewise")
 CONTROLLERS = ("stop_and_go",)
 DRAWN = ("unified", "per_rank")
 LONGEST_CYCLE = 65_536  # slots: a cycle is drawn at once
+LARGEST_QUOTAS = 2**21  # slots of tasks' own quotas, which may be sizes of data sets; drawing them takes a second
 MOST_PARTS = 1000
 LARGEST_COUNT = 60_000  # of a controller's counters and gaps
 
@@ -99,10 +100,10 @@ def check_quotas(recipe: Recipe) -> None:
     if options.strategy not in DRAWN or options.mixture or (options.phases and options.phases[0].start == 0):
         return
     total = sum(task.quota or task.samples for task in recipe.tasks.values())
-    if total > LONGEST_CYCLE:
+    if total > LARGEST_QUOTAS:
         raise ValueError(
             f"tasks.*.quota: {total} in all are more slots than a cycle of strategy {options.strategy} may have "
-            f"({LONGEST_CYCLE}); divide all by the same number (a quota that is not given is the task's samples)"
+            f"({LARGEST_QUOTAS}); divide all by the same number (a quota that is not given is the task's samples)"
         )
 
 

@@ -28,7 +28,7 @@ class RowGroups:
     def __init__(self, limit: int = CACHED):
         self.limit, self.used = limit, 0
         self.columns: OrderedDict[tuple, pa.Table] = OrderedDict()
-        self.checked: set[str] = set()            # files whose footers were looked at: they are opened again and again
+        self.footers: dict[str, list[RowGroup]] = {}                # of files that were checked: they are opened again
         self.lock = threading.Lock()
 
     def get(self, key: tuple, load) -> pa.Table:
@@ -80,9 +80,11 @@ class ParquetFile:
                 raise ValueError(f"{path} has no column {name!r}: it has {', '.join(names)}")
             if names.count(name) > 1:
                 raise ValueError(f"{path} has {names.count(name)} columns {name!r}: write it with names of their own")
-        if path not in groups.checked:
+        if path not in groups.footers:
             self._check_sizes()
-            groups.checked.add(path)
+            read = {*self.columns["image"], *self.columns["json"]}
+            groups.footers[path] = [RowGroup(rows, [chunk for chunk in chunks if chunk.column in read])
+                                    for rows, chunks in self.row_groups]
 
     @property
     def rows(self) -> int:
@@ -121,7 +123,7 @@ class ParquetFile:
         sizes = [self.metadata.row_group(number).num_rows for number in range(self.metadata.num_row_groups)]
         if sum(sizes) != self.metadata.num_rows or min(sizes, default=0) < 0:
             raise ValueError(f"its footer is damaged: {self.metadata.num_rows} rows, {sum(sizes)} in its row groups")
-        if self.path not in self.groups.checked:
+        if self.path not in self.groups.footers:
             for number, (rows, chunks) in enumerate(self.row_groups):
                 if rows > max((chunk.values for chunk in chunks), default=0):
                     raise ValueError(f"its footer is damaged: row group {number} has {rows} rows, no column as many")
@@ -138,8 +140,8 @@ class ParquetFile:
 
     @cached_property
     def row_groups(self) -> list[RowGroup]:
-        """Where the columns of the row groups lie."""
-        return row_groups(self.metadata)
+        """Where the columns of the row groups lie, those that are read at least."""
+        return self.groups.footers.get(self.path) or row_groups(self.metadata)
 
     def _load(self, group: int, kind: str, again: bool) -> pa.Table:
         with self._lock:

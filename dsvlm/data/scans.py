@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +22,9 @@ from dsvlm.data.stream import LocalFile, Stream
 
 VERSION = 2                       # of what a scan gives: raise it when an index is made otherwise
 CHANGES = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "generation")
+
+
+GRACE = 0.5  # seconds for our own Ctrl-C to arrive: it reaches the workers, too, and they may be the first to end
 
 
 class Unfinished(ValueError):
@@ -172,6 +176,7 @@ def _mapping(workers: int):
     try:
         yield pool.map
     except BrokenProcessPool as error:
+        time.sleep(GRACE)
         raise Unfinished(f"a process that indexed shards was ended from outside ({error}); give it more memory or "
                          f"fewer --workers, and call again: what was finished is kept") from error
     finally:

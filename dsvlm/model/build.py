@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dsvlm.config import DecoderConfig, ModelConfig, VisionConfig
 
 # the parts of a whole CLIP checkpoint that its vision tower leaves unread
+# what a checkpoint may call itself, by the decoder's kind: others of the same weights among them
+TYPES = {"opt": ("opt",), "llama": ("llama", "mistral"), "mpt": ("mpt",), "t5": ("t5", "mt5")}
 CLIP_UNREAD = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
@@ -98,7 +100,7 @@ def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[st
         decoder = build_decoder(kind, {"vocab_size": vocab_size, **config.config, **tokens})
     else:
         decoder = load_pretrained(
-            kind.model, config.pretrained, kind.attention, "model.decoder.pretrained", (kind.config.model_type,)
+            kind.model, config.pretrained, kind.attention, "model.decoder.pretrained", TYPES[config.kind]
         )
         check_decoder(decoder.config)
     if decoder.config.is_encoder_decoder:  # what training writes there, whatever a checkpoint was pretrained with

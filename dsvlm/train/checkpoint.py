@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -131,7 +132,8 @@ def write_tensors(directory: Path, kind: str, tensors: dict[str, Tensor]) -> dic
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}; make room, or move the run directory") from None
     # safetensors lets their owner alone read its files; these are for whom the others of the checkpoint are for
-    temporary.chmod((directory / "state.json").stat().st_mode)
+    with suppress(PermissionError):  # of file systems without modes
+        temporary.chmod((directory / "state.json").stat().st_mode)
     replace_durably(temporary, path)
     return {path.name: entry_of(path)}
 

@@ -70,6 +70,8 @@ def check_keys(path: Path, config) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"train.ds_config: {path} holds {json.dumps(config)[:40]}; expected an object: {{...}}")
     for key in config:
+        if key.startswith(("_", "//")):
+            continue  # a comment, which DeepSpeed passes over
         if key in OWNED:
             raise ValueError(f"train.ds_config: {path} sets {key!r}, which the recipe decides; remove it from the file")
         if key not in OPEN:

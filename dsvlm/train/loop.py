@@ -73,6 +73,7 @@ def train(recipe: Recipe) -> int:
             run.loader.close()
         if ranks.rank == 0:  # while the lock is held: afterwards they may be another training's
             clear_stop(recipe.run_dir)
+            clear_stop(recipe.run_dir, os.environ.get(LAUNCHED, ""))  # its launcher may have been killed
             mark_requeue(recipe.run_dir, wanted=not finished)
     finally:
         if lock is not None:
@@ -104,7 +105,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     })  # fmt: skip
     guard.first(make_run_lengths, planned, codec)
     guard.same(lengths_record(guard.together(open_lengths, planned, codec)))
-    model = guard.together(begin_model, recipe, codec)
+    model = guard.together(begin_model, recipe, codec, checkpoint is None)
     image_size = model.config.vision_settings["image_size"]
     loader = guard.together(make_loader, planned, codec, image_size, rank, world_size, decoder)
     manifests = hash_of(manifest_record(planned.manifests))

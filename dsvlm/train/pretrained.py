@@ -29,7 +29,7 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
     # What LoRA has wrapped since goes by its old name.
     places = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
     for name, tensor in read_tensors(checkpoint, "weights"):
-        place = places.get(name)
+        place = places.get(name.replace(".base_layer.", "."))
         if place is None or place.shape != tensor.shape:
             found = "no such parameter" if place is None else f"there the shape {list(place.shape)}"
             raise ValueError(
@@ -44,7 +44,7 @@ def start_checkpoint(recipe: Recipe) -> Path | None:
     """The checkpoint of an earlier run to begin with: one that is given, or the newest of a run that is."""
     if recipe.model.start_from is None:
         return None
-    given = Path(recipe.model.start_from)
+    given = Path(recipe.model.start_from).resolve()
     found = [given] if is_complete(given) else complete_checkpoints(given)
     if not found:
         raise ValueError(
@@ -75,10 +75,9 @@ def contents(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 
 def check_contents(recipe: Recipe, record: dict[str, dict[str, str]] | None) -> dict[str, dict[str, str]]:
-    """What `contents` gives; ValueError naming the file when it is not what a run's record says.
+    """What `contents` gives; ValueError naming the file when it is not what a run's record says, if there is one.
 
-    Frozen weights are in no checkpoint of the run: with others it would be another run, without a word. Runs without a
-    record are older than it.
+    Frozen weights are in no checkpoint of the run: with others it would be another run, without a word.
     """
     found = contents(recipe)
     for field, files in found.items() if record is not None else ():

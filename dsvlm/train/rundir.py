@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from dsvlm.config import Recipe, parse_recipe
+from dsvlm.config import BY_CONTENT, LOCAL_FILES, Recipe, parse_recipe
 from dsvlm.data.files import write_file
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.data.transforms import check_decoder, resolve_decoder
@@ -52,7 +52,7 @@ def prepare_run(planned: Planned, ranks: int = 1) -> None:
     if not begun:
         codec = make_tokenizer(planned)
         shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # of a start that failed before its first update
-        save_tokenizer(codec, run_dir / "tokenizer")
+        save_tokenizer(codec, recipe.text.tokenizer, run_dir / "tokenizer")
     # At every start: execution settings, such as where shards lie and are evaluated, may have changed.
     write_file(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
     # Last: a directory without run.json is one that was never started.
@@ -64,11 +64,22 @@ def prepare_run(planned: Planned, ranks: int = 1) -> None:
     write_file(run_dir / "run.json", json.dumps(record, indent=1, sort_keys=True).encode())
 
 
-def save_tokenizer(codec: TextCodec, directory: Path) -> None:
+def save_tokenizer(codec: TextCodec, origin: str, directory: Path) -> None:
+    """Keeps a tokenizer; origin: the directory that it is from, or `train`.
+
+    Transformers does not write all that it reads: of a LLaMA tokenizer with `legacy: true` it forgets that, and the
+    copy would split texts in another way. Then the files are kept as they are.
+    """
     try:
         codec.save(directory)
     except Exception as error:  # the tokenizers library knows no other
         raise OSError(f"{directory} cannot be written: {error}") from None
+    if load_tokenizer(directory, codec.bins).hash() != codec.hash():
+        for path in Path(origin).iterdir():
+            if path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, directory / path.name)
+        if load_tokenizer(directory, codec.bins).hash() != codec.hash():
+            raise ValueError(f"text.tokenizer: a copy of {origin} is another tokenizer; save it again by Transformers")
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -136,14 +147,14 @@ def check_same_ranks(recipe: Recipe, ranks: int) -> None:
 
 def check_same_tokenizer(recipe: Recipe) -> None:
     """Raises ValueError when the recipe's tokenizer is not the run's, which has a copy and can do without."""
-    directory, own = recipe.text.tokenizer, recipe.run_dir / "tokenizer"
+    directory = recipe.text.tokenizer
     if directory == "train" or not Path(directory).is_dir():
         return
-    given, kept = load_tokenizer(directory, recipe.text.bins), load_own_tokenizer(recipe.run_dir, recipe.text.bins)
-    if given.hash() != kept.hash():
+    kept = load_own_tokenizer(recipe.run_dir, recipe.text.bins)
+    if load_tokenizer(directory, recipe.text.bins).hash() != kept.hash():
         raise ValueError(
-            f"text.tokenizer: {directory} is not the tokenizer that {recipe.run_dir} began with, of which {own} is a "
-            "copy: give that one, or set output to another directory"
+            f"text.tokenizer: {directory} is not the tokenizer that {recipe.run_dir} began with: give that one, or the "
+            f"copy, {recipe.run_dir / 'tokenizer'}, or set output to another directory"
         )
 
 
@@ -160,6 +171,11 @@ def check_same_run(planned: Planned) -> None:
     if not (run_dir / "run.json").exists():
         return
     saved = read_run(run_dir)
+    if known_by_path(saved):
+        raise ValueError(
+            f"{run_dir}: begun by a version that knew checkpoints and tokenizers by their paths, and cannot go on; "
+            f"another run may begin with its weights (model.start_from: {run_dir})"
+        )
     remedies = {
         "recipe": "recipe or --set",
         "manifests": "data.root or the tasks' shards",
@@ -174,6 +190,12 @@ def check_same_run(planned: Planned) -> None:
                 f"{run_dir} holds another run: {what}{shown}. To go on with it, restore the {fix}; "
                 "to start afresh, set output to another directory"
             )
+
+
+def known_by_path(saved: dict) -> bool:
+    """Whether a run is older than `BY_CONTENT`, and would be another one to the checks of its digests."""
+    kept = (saved["recipe"].get(field) for field in BY_CONTENT)
+    return any(value not in (None, "train", LOCAL_FILES) for value in kept)
 
 
 def open_run(planned: Planned) -> tuple[TextCodec, Path | None]:

@@ -1,6 +1,7 @@
 """build_model, freezing and LoRA: what a recipe says happens, and what it cannot mean is an error."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -237,3 +238,17 @@ def test_incomplete_and_foreign_checkpoints(tools, checkpoints, tmp_path):
         attempt(tmp_path / "none")
     config = json.loads((checkpoints / "llama" / "config.json").read_text())
     assert config["vocab_size"] == 30
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_mistral_without_a_window_is_a_llama(tools, checkpoints, tmp_path, window):
+    directory = shutil.copytree(checkpoints / "llama", tmp_path / "mistral")
+    settings = json.loads((directory / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": window}
+    (directory / "config.json").write_text(json.dumps(settings))
+    whole = tools.recipe("llama")
+    recipe = ModelConfig(vision=whole.vision, decoder=DecoderConfig(kind="llama", pretrained=str(directory)))
+    if window is None:
+        assert torch.isfinite(tools.build(recipe)(tools.collate(tools.mixed))["loss_sum"])
+    else:
+        with pytest.raises(ValueError, match="decoder: sliding_window 8 is not supported"):
+            tools.build(recipe)

@@ -18,7 +18,7 @@ from dsvlm.eval.load import load_run
 from dsvlm.train.build import make_model, make_tokenizer, plan_run
 from dsvlm.train.checkpoint import RunState, directory_of, entry_of
 from dsvlm.train.pretrained import begin_model
-from dsvlm.train.rundir import check_start, prepare_run
+from dsvlm.train.rundir import check_start, open_run, prepare_run
 from tests.dist.recipes import DECODERS, RAW, VISION
 
 TASKS = {"question": {"type": "vqa", "shards": "train/question", "samples": 6}}
@@ -106,6 +106,29 @@ def test_another_tokenizer_is_another_run(root, tmp_path):
         prepare_run(plan_run(recipe))
 
 
+def test_a_copy_of_a_tokenizer_splits_texts_as_it_does(root, tmp_path):
+    """Transformers reads `legacy` of a LLaMA tokenizer and does not write it."""
+    path = root / "tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer", "legacy": True}))
+    recipe = recipe_of(root, tmp_path / "run")
+    begin(recipe)
+    prepare_run(plan_run(recipe))
+    kept, given = open_run(plan_run(recipe))[0], load_tokenizer(root / "tokenizer", recipe.text.bins)
+    assert kept.hash() == given.hash()
+    given.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved", recipe.text.bins).hash() != given.hash(), "else nothing is shown here"
+
+
+def test_a_run_that_knew_its_checkpoints_by_path_says_so(root, tmp_path):
+    recipe = recipe_of(root, tmp_path / "run")
+    begin(recipe)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["recipe"]["model.vision.pretrained"] = str(root / "clip-1")
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="knew checkpoints and tokenizers by their paths.*model.start_from: .*run"):
+        prepare_run(plan_run(recipe))
+
+
 def test_a_checkpoint_that_is_missing_is_named_before_ranks_start(root, tmp_path):
     with pytest.raises(ValueError, match="model.vision.pretrained: .*nowhere holds no config.json"):
         check_start(plan_run(recipe_of(root, tmp_path / "run", tower="nowhere")))
@@ -166,6 +189,16 @@ def test_a_second_stage_begins_with_the_weights_of_the_first(root, tmp_path, nam
     save_weights(stage_of(root, tmp_path / "other", None, freeze=["^vision", "^decoder"]), seed=4)
     with pytest.raises(ValueError, match="model.start_from: COMPLETE.json is not the file that the run began with"):
         begin(stage_of(root, tmp_path / "second", tmp_path / "other", lora={"targets": ["q_proj"], "r": 2}))
+
+
+def test_a_second_stage_with_the_adapters_of_the_first(root, tmp_path, monkeypatch):
+    lora = {"lora": {"targets": ["q_proj"], "r": 2}, "train": [r"base_layer\.weight$"]}
+    trained = save_weights(stage_of(root, tmp_path / "first", None, **lora), "q_proj")
+    assert any("base_layer" in name for name in trained) and any("lora" in name for name in trained)
+    monkeypatch.chdir(tmp_path / "first/checkpoints")
+    second = stage_of(root, tmp_path / "second", "step_00000001", **lora)
+    model = dict(begin_model(second, load_tokenizer(root / "tokenizer", second.text.bins)).named_parameters())
+    assert all(torch.equal(model[name].data, tensor) for name, tensor in trained.items())
 
 
 def test_a_start_that_does_not_fit_is_refused(root, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from dsvlm.data.convert import choose_tasks, shard_bytes
+from dsvlm.data.fields import is_unicode
 
 TASKS = {"caption": "caption", "categorize": "classify", "locate": "locate", "detect": "detect"}
 SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
@@ -182,7 +183,7 @@ def _texts(path, content: dict, used, skipped: dict) -> list[tuple[int, int, str
     for entry in content["annotations"]:
         number, image, caption = _fields(path, "annotation", entry, id=int, image_id=int, caption=str)
         _check_image(path, number, image, known)
-        if image in used and not _is_unicode(caption):
+        if image in used and not is_unicode(caption):
             skipped["does_not_fit"] = skipped.get("does_not_fit", 0) + 1
         elif image in used and caption.strip():
             texts.append((image, number, " ".join(caption.split())))
@@ -213,7 +214,7 @@ def _boxes(path, content: dict, used, skipped: dict) -> list[Box]:
             skipped["crowd"] += 1
         elif box[0] >= box[2] or box[1] >= box[3]:
             skipped["degenerate"] += 1
-        elif not _is_unicode(names[category]):
+        elif not is_unicode(names[category]):
             skipped["does_not_fit"] = skipped.get("does_not_fit", 0) + 1
         else:
             boxes.append(Box(image, number, category, names[category], box, area))
@@ -232,15 +233,6 @@ def _normalised(bbox, photo: Photo) -> tuple[list[float], float]:
     y0, y1 = (min(max(v, 0), photo.height) for v in (y, y + height))
     box = [x0 / photo.width, y0 / photo.height, x1 / photo.width, y1 / photo.height]
     return [round(v, 6) for v in box], (x1 - x0) * (y1 - y0)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be stored: JSON may hold half of a surrogate pair, UTF-8 may not."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _fields(path, kind: str, entry, **types) -> list:

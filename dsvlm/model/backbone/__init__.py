@@ -87,6 +87,8 @@ def check_decoder(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"decoder: layerdrop {config.layerdrop} skips modules at random, which ZeRO-3 cannot do; set layerdrop to 0"
         )
+    if getattr(config, "sliding_window", None):  # Mistral's
+        raise ValueError(f"decoder: sliding_window {config.sliding_window} is not supported; take a model without one")
     if not config.return_dict:
         raise ValueError("decoder: return_dict false gives outputs without names, which are asked for; remove it")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
