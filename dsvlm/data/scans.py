@@ -171,8 +171,11 @@ def _mapping(workers: int):
         yield map
         return
     # Spawned: the caller may hold threads, and those of fsspec do not survive a fork.
-    # They end at Ctrl-C, which reaches them too, without a word: what is to be said about it, their parent says.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL))
+    # They end at Ctrl-C, which reaches them too, without a word: what is to be said about it, their parent says. Where
+    # that one ignores it, as in the background, they do.
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, action))
     try:
         yield pool.map
     except BrokenProcessPool as error:

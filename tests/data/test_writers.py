@@ -212,7 +212,7 @@ def test_a_shard_whose_disk_is_full_while_it_is_written(tmp_path):
 
 
 INTERRUPTED = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from dsvlm.data.scans import each
 
 def scan(shard):
@@ -220,6 +220,7 @@ def scan(shard):
     time.sleep(100)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where this is run in the background
     try:
         each(scan, sys.argv[1:], workers=2)
     except KeyboardInterrupt:
