@@ -1,8 +1,6 @@
 """Reading samples by number: index lookup, one pread, checksum; nothing is read in sequence."""
 
-import hashlib
 import json
-import mmap
 import os
 import threading
 from bisect import bisect_right
@@ -15,6 +13,7 @@ import numpy as np
 
 from dsvlm.data.checksum import crc32
 from dsvlm.data.fields import is_unicode, make_record
+from dsvlm.data.files import sha256_of
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.manifest import Manifest, is_url
 from dsvlm.data.stream import LocalFile
@@ -335,9 +334,11 @@ def _check_index(shared: _Shared, number: int) -> None:
     if manifest.url is not None:
         from dsvlm.data.remote import download
 
-        download(f"{manifest.url}/{path.name}", path, expected)
+        download(f"{manifest.url}/{path.name}", path, expected)  # which checks what it leaves there
+        shared.checked.add(number)
+        return
     try:
-        found = _sha256(path)
+        found = sha256_of(path)
     except OSError as error:
         shard = manifest.shard(number)
         raise ValueError(f"cannot open shard {shard} with its index: {error}: copy it again") from error
@@ -345,12 +346,3 @@ def _check_index(shared: _Shared, number: int) -> None:
         raise ValueError(f"index {path}: sha256 {expected} expected, {found} found: "
                          f"copy it again, and see `dsvlm data verify {manifest.path}`")
     shared.checked.add(number)
-
-
-def _sha256(path) -> str:
-    """Of a mapped file: its pages are the page cache's, which the node's processes share."""
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return hashlib.sha256(b"").hexdigest()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return hashlib.sha256(data).hexdigest()

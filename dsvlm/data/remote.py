@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsvlm.data.files import write_file
+from dsvlm.data.files import sha256_of, write_file
 
 # Of one request: with the waits below about 16 s when a store refuses at once, and 4 minutes when it never answers.
 ATTEMPTS = 7
@@ -185,7 +185,7 @@ def _keep(target: Path, data: bytes) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_of(path)
     except OSError:
         return "unreadable"           # a disk that fails, or another process that cleans up
 
