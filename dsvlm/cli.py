@@ -141,7 +141,10 @@ def add_generate(commands) -> None:
     )
     add_run(parser)
     parser.add_argument("image", metavar="IMAGE", type=Path, help="PNG, JPEG or WebP file")
-    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="+",
+        help="a question; or a conversation so far, questions and answers in turn, up to a question",
+    )  # fmt: skip
     parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the image with the boxes drawn on it")
     add_ema(parser)
     parser.add_argument("--json", action="store_true", help="print the answer and its boxes as one JSON object")

@@ -8,7 +8,7 @@ from dsvlm.config import ModelConfig, Recipe, TaskConfig, nearest
 LARGEST = 1e6  # of a learning rate, a weight decay or a gradient norm: infinity and slips of the keyboard are above
 MOST = 2**31  # of steps, samples and sizes: their products stay below 2^63
 LONGEST_WAIT = 10**7  # seconds
-TASK_TYPES = ("caption", "vqa", "classify", "locate", "detect", "pair")
+TASK_TYPES = ("caption", "vqa", "classify", "locate", "detect", "pair", "conversation")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -27,6 +27,12 @@ def check_recipe(recipe: Recipe) -> None:
     check_numbers(recipe)
     check_loading(recipe)
     check_padding(recipe)
+    talks = [name for name, task in recipe.tasks.items() if task.type == "conversation"]
+    if talks and recipe.model.decoder.kind == "t5":
+        raise ValueError(
+            f"tasks.{talks[0]}.type: conversation, but an encoder-decoder (t5) writes one answer; use another "
+            "model.decoder.kind, or the type vqa for single turns"
+        )
     if recipe.text.tokenizer == "train" and recipe.model.decoder.pretrained:
         raise ValueError(
             "text.tokenizer: 'train' makes a new vocabulary, but model.decoder.pretrained has learnt another one; "

@@ -75,6 +75,14 @@ def test_errors_name_path_value_and_remedy(raw, override, words):
         assert word in str(error.value)
 
 
+def test_an_encoder_decoder_has_no_conversations(raw):
+    raw["model"]["decoder"] = {"kind": "t5", "config": dict(DECODERS["t5"])}
+    parse_recipe(raw)
+    raw["tasks"]["question"]["type"] = "conversation"
+    with pytest.raises(ValueError, match=r"tasks.question.type: conversation, .* \(t5\) writes one answer; use"):
+        parse_recipe(raw)
+
+
 def test_some_task_teaches(raw):
     for task in raw["tasks"].values():
         task["weight"] = 0

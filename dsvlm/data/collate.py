@@ -119,6 +119,9 @@ def arranged(texts: Sequence[Encoded], pad_id: int) -> dict[str, np.ndarray]:
         place = np.arange(1, tokens.shape[1])
         predicted = (place >= prompts[:, None]) & (place < sizes[:, None])
         np.copyto(targets[:, :-1], tokens[:, 1:], where=predicted)
+        for row, text in enumerate(texts):
+            for first, end in text.silent:
+                targets[row, first - 1 : end - 1] = IGNORE
         return {"tokens": tokens, "lengths": sizes, "targets": targets}
     tokens, _ = pad([text.ids[: text.prompt] for text in texts], pad_id)
     targets, sizes = pad([text.ids[text.prompt :] for text in texts], IGNORE)

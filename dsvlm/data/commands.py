@@ -5,11 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from dsvlm.data.convert import coco, scenes, webdataset
+from dsvlm.data.convert import coco, llava, scenes, webdataset
+from dsvlm.data.fields import RECORDS
 
 SOURCES = {
     "coco": (coco, "COCO's own JSON files and photographs",
              "--images train2017 --captions captions_train2017.json --instances instances_train2017.json --out coco"),
+    "llava": (llava, "LLaVA's instruction data: conversations in JSON and their images",
+              "llava_v1_5_mix665k.json --images playground/data --out data/llava"),
     "webdataset": (webdataset, "WebDataset sources that can only be read in order (pipe:, compressed tars)",
                    "'pipe:aws s3 cp s3://bucket/{000..099}.tar.gz - | gunzip' --type caption --out captions"),
     "scenes": (scenes, "drawn scenes of coloured shapes, made on the spot", "--out data/scenes"),
@@ -55,7 +58,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _add_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", metavar="SHARD", help="WebDataset tars or parquet files, paths or URLs")
     parser.add_argument("--out", type=Path, help="write a shard set that trains the files where they lie")
-    parser.add_argument("--type", help="task type of the set: caption, vqa, classify, locate, detect or pair")
+    parser.add_argument("--type", help=f"task type of the set: {', '.join(RECORDS)}")
     parser.add_argument("--field", action="append", default=[], metavar="KEY=PLACE",
                         help="where a key of the record is: an extension (caption=txt), a key of a JSON member "
                              "(question=json:qa.0.question), a column of a parquet file (question=query)")

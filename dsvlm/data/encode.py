@@ -20,6 +20,7 @@ class Encoded(NamedTuple):
     process read the sample.
     prompt: how many of `ids` come before the first that is predicted.
     start: what the decoder of an encoder-decoder reads first; None for a decoder.
+    silent: ranges of `ids` behind `prompt` that are read and not predicted: a conversation's later questions.
     """
 
     ids: Sequence[int]
@@ -27,6 +28,7 @@ class Encoded(NamedTuple):
     start: int | None
     label: int | None
     images: int
+    silent: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -42,37 +44,62 @@ class Encoded(NamedTuple):
     def targets(self) -> list[int]:
         """Id to predict at each position of `tokens` (decoder) or of `answer` (encoder-decoder); IGNORE = no loss."""
         target = [*self.ids[self.prompt :]]
+        for first, end in self.silent:
+            target[first - self.prompt : end - self.prompt] = [IGNORE] * (end - first)
         return [IGNORE] * (self.prompt - 1) + target + [IGNORE] if self.start is None else target or [IGNORE]
 
     @property
     def count(self) -> int:
         """Targets that enter the loss; a label counts as one."""
-        return len(self.ids) - self.prompt + (self.label is not None)
+        return len(self.ids) - self.prompt - sum(e - f for f, e in self.silent) + (self.label is not None)
 
 
 def encode_sample(sample: Sample, codec: TextCodec, max_length: int, encoder_decoder: bool) -> Encoded:
-    """Encodes a sample with exactly one EOS, which belongs to the loss when the target does.
+    """Encodes a sample with an EOS behind every run of segments that are predicted, predicted too: one, but for
+    conversations, whose later questions are read in their places. A conversation that is longer than max_length loses
+    its last turns.
 
-    Raises BadSample when the text is longer than max_length or has nothing to predict.
+    Raises BadSample when the text is longer than max_length or its end is not predicted.
     """
-    prompt, target, images = [], [], 0
+    prompt, target, silent, images = [], [], [], 0
     for segment in sample.segments:
         if isinstance(segment, Image):
             images += 1
             continue
-        assert segment.loss or not target, "a prompt segment after the target: only its end can be predicted"
         ids = codec.encode(segment, first=not prompt and not target)
-        (target if segment.loss else prompt).extend(ids)
+        if segment.loss:
+            target.extend(ids)
+        elif not target:
+            prompt.extend(ids)
+        else:
+            if encoder_decoder:
+                raise BadSample("an encoder-decoder answers once: it cannot have a conversation")
+            if not asked(silent, target):
+                target.append(codec.eos_id)
+                silent.append((len(target), len(target)))
+            target.extend(ids)
+            silent[-1] = (silent[-1][0], len(target))
     if sample.label is None and not target:
         raise BadSample("nothing to predict: the target is empty")
-    if target:
+    if sample.label is None and asked(silent, target):
+        raise BadSample("nothing to predict: the last answer is empty")
+    if target and not asked(silent, target):
         target.append(codec.eos_id)
+    while silent and len(prompt) + len(target) + 1 > max_length:
+        del target[silent.pop()[0] :]  # the last turn: those before it do without
     if len(prompt) + len(target) + 1 > max_length:
         raise BadSample(f"text of {len(prompt) + len(target) + 1} tokens is longer than text.max_length ({max_length})")
     if encoder_decoder:
         # T5's convention: the decoder starts with the pad token.
         return Encoded([*prompt, codec.eos_id, *target], len(prompt) + 1, codec.pad_id, sample.label, images)
-    return Encoded([codec.bos_id, *prompt, *target], len(prompt) + 1, None, sample.label, images)
+    before = len(prompt) + 1
+    silent = tuple((first + before, end + before) for first, end in silent)
+    return Encoded([codec.bos_id, *prompt, *target], before, None, sample.label, images, silent)
+
+
+def asked(silent: list[tuple[int, int]], target: list[int]) -> bool:
+    """Whether the ids so far end with a later question."""
+    return bool(silent) and silent[-1][1] == len(target)
 
 
 def encode_record(

@@ -11,8 +11,9 @@ RECORDS = {
     "locate": {"name": ("json:name",), "boxes": ("json:boxes",)},
     "detect": {"objects": ("json:objects",)},
     "pair": {"text": ("txt", "json:text"), "label": ("cls", "json:label")},
+    "conversation": {"conversations": ("json:conversations",)},
 }
-KINDS = {"label": int, "box": list, "boxes": list, "objects": list}          # the others are text
+KINDS = {"label": int, "box": list, "boxes": list, "objects": list, "conversations": list}      # the others are text
 NAMES = {int: "an integer", list: "a list", str: "text"}
 OPTIONAL = "source"                                                          # id in the source data, of any type
 

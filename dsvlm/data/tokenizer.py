@@ -3,7 +3,7 @@
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dsvlm.data.boxes import encode_box, location_tokens
@@ -117,6 +117,20 @@ def prompt_segments(text: str) -> tuple[Text, ...]:
     """
     parts = [part.strip() for part in LOCATIONS.split(text)]
     return tuple(Text("".join(part.split()) if LOCATIONS.match(part) else part) for part in parts if part)
+
+
+def spoken_segments(prompt: str | Sequence[str]) -> tuple[Text, ...]:
+    """What was said up to an answer: a question, or questions and answers in turn, from a question to a question.
+
+    Answers carry `loss`, as in training: an end-of-sequence token stands behind each.
+    """
+    said = [prompt] if isinstance(prompt, str) else [*prompt]
+    if len(said) % 2 == 0 or not all(text.strip() for text in said[1:]):
+        raise ValueError(f"prompt: {len(said)} texts; give a question, or questions and answers in turn that end with "
+                         "a question, none of them empty")  # fmt: skip
+    return tuple(
+        segment._replace(loss=place % 2 == 1) for place, text in enumerate(said) for segment in prompt_segments(text)
+    )
 
 
 def load_tokenizer(directory: str | Path, bins: int) -> TextCodec:

@@ -17,7 +17,7 @@ from dsvlm.data.collate import Batch, Row, collate
 from dsvlm.data.encode import Encoded, encode_sample
 from dsvlm.data.reader import BadSample
 from dsvlm.data.sample import Box, Image, Sample, Segment
-from dsvlm.data.tokenizer import TextCodec, prompt_segments
+from dsvlm.data.tokenizer import TextCodec, spoken_segments
 from dsvlm.data.transforms import to_rgb
 
 if TYPE_CHECKING:
@@ -120,10 +120,16 @@ def until_eos(ids: Sequence[int], eos_id: int) -> list[int]:
     return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 
-def generate(run_dir: Path, image: Path, prompt: str, *, as_json: bool, draw: Path | None, ema: bool) -> int:
-    """The `generate` command: prints the answer to one prompt, put into no template, and its boxes in the answer."""
+def generate(
+    run_dir: Path, image: Path, prompt: Sequence[str], *, as_json: bool, draw: Path | None, ema: bool
+) -> int:
+    """The `generate` command: prints the answer to one prompt, put into no template, and its boxes in the answer.
+
+    prompt: what was said so far, questions and answers in turn.
+    """
     from dsvlm.eval.load import load_decoder, load_run
 
+    asked = spoken_segments(prompt)
     try:
         data = Path(image).read_bytes()
     except OSError as error:
@@ -133,7 +139,7 @@ def generate(run_dir: Path, image: Path, prompt: str, *, as_json: bool, draw: Pa
         pixels = load_decoder(run_dir, recipe, model)(data)
     except BadSample as error:
         raise ValueError(f"image {image}: {error.reason}") from None
-    question = ((Image(), *prompt_segments(prompt)), pixels)
+    question = ((Image(), *asked), pixels)
     [answer] = answers(model, codec, [question], recipe.eval.max_new_tokens, 1)
     boxes = decode_boxes(answer, codec.bins)
     size = image_size(data)

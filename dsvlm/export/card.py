@@ -17,6 +17,8 @@ text = processor.decode(model.generate(**processor("image.png", PROMPT))[0])
 boxes = processor.boxes(text)  # x0, y0, x1, y1 as shares of the image's width and height
 ```'''
 
+TURNS = "text, turn by turn: PROMPT may be a list, questions and answers so far"
+
 
 def model_card(recipe: Recipe, step: int, weights: str, evaluated: dict | None, versions: dict[str, str]) -> str:
     """The text of README.md.
@@ -50,6 +52,7 @@ def task_tags(recipe: Recipe) -> set[str]:
     names = {
         "caption": "image-captioning", "vqa": "visual-question-answering", "classify": "region-classification",
         "locate": "visual-grounding", "detect": "object-detection", "pair": "image-text-classification",
+        "conversation": "visual-dialogue",
     }  # fmt: skip
     return {names[task.type] for task in recipe.tasks.values()}
 
@@ -64,7 +67,7 @@ def task_table(recipe: Recipe) -> list[str]:
 
 
 def answer_form(task: TaskConfig) -> str:
-    forms = {"locate": "location tokens", "detect": "names, each with location tokens"}
+    forms = {"locate": "location tokens", "detect": "names, each with location tokens", "conversation": TURNS}
     return f"one of {task.classes} classes, by a head of its own" if task.classes else forms.get(task.type, "text")
 
 

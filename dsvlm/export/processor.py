@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsvlm.data.boxes import decode_boxes
 from dsvlm.data.sample import Box, Image
-from dsvlm.data.tokenizer import TextCodec, load_tokenizer, prompt_segments
+from dsvlm.data.tokenizer import TextCodec, load_tokenizer, spoken_segments
 from dsvlm.data.transforms import make_decoder, to_rgb
 from dsvlm.eval.generate import Room, question_batch, until_eos
 
@@ -72,16 +73,19 @@ class GitProcessor:
         settings = {"processor_class": type(self).__name__, **asdict(self.settings)}
         (Path(directory) / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
-    def __call__(self, image: str | Path | bytes | PilImage, prompt: str, max_new_tokens: int | None = None) -> dict:
+    def __call__(
+        self, image: str | Path | bytes | PilImage, prompt: str | Sequence[str], max_new_tokens: int | None = None
+    ) -> dict:
         """The arguments of `GitVlm.generate` for one image and prompt.
 
-        image: a path, encoded bytes, or a Pillow image. Tensors are on the CPU, with a batch of one row: pixels
+        image: a path, encoded bytes, or a Pillow image. prompt: text, or what was said in a conversation so far,
+        questions and answers in turn. Tensors are on the CPU, with a batch of one row: pixels
         [1, 3, P, P] uint8, image_row [1], tokens [1, L], lengths [1] int64; max_new_tokens and eos_id are integers.
         """
         settings = self.settings
         pixels = make_decoder("pillow", settings.image_size, settings.dct_scaling)(encoded(image))
         room = Room(settings.text_room, settings.encoder_decoder)
-        question = ((Image(), *prompt_segments(prompt)), pixels)
+        question = ((Image(), *spoken_segments(prompt)), pixels)
         batch = question_batch(self.codec, [question], room, settings.image_size)
         limit = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         return {

@@ -3,6 +3,7 @@
 from dsvlm.tasks.base import TaskType
 from dsvlm.tasks.caption import Caption
 from dsvlm.tasks.classify import Classify
+from dsvlm.tasks.conversation import Conversation
 from dsvlm.tasks.detect import Detect
 from dsvlm.tasks.locate import Locate
 from dsvlm.tasks.pair import Pair
@@ -15,6 +16,7 @@ TASK_TYPES: dict[str, type[TaskType]] = {
     "locate": Locate,
     "detect": Detect,
     "pair": Pair,
+    "conversation": Conversation,
 }
 
 __all__ = ["TASK_TYPES", "TaskType"]

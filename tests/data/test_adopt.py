@@ -162,6 +162,8 @@ def test_the_same_tars_give_the_same_set_and_the_fields_are_its_identity(tmp_pat
     ("detect", {"json": b'{"objects":[]}'}, [], {"objects": []}),
     ("locate", {"box": b"[[0,0,1,1]]", "cat": b"dog"}, ["boxes=box", "name=cat"],
      {"boxes": [[0, 0, 1, 1]], "name": "dog"}),
+    ("conversation", {"json": b'{"messages":[{"role":"user","content":"hi"}]}'}, ["conversations=json:messages"],
+     {"conversations": [{"role": "user", "content": "hi"}]}),
 ])
 def test_fields(tmp_path, task_type, members, given, record):
     path = tar(tmp_path / "x.tar", {f"k.{ext}": data for ext, data in members.items()})

@@ -49,6 +49,15 @@ def texts_of(parts, start) -> list[Encoded]:
     return [Encoded([7, *prompt, *target], 1 + len(prompt), start, *rest) for prompt, target, *rest in parts]
 
 
+def test_later_questions_of_a_conversation_are_not_predicted():
+    talk = Encoded([1, 3, 4, 2, 5, 6, 7, 2, 8, 9, 2], 2, None, None, 0, ((4, 6), (8, 9)))
+    batch = collate([row(3), Row(talk, None, 1.0, 0, 0)], image_size=4, pad_id=0)
+    assert talk.targets == [IGNORE, 4, 2, IGNORE, IGNORE, 7, 2, IGNORE, 9, 2, IGNORE] and talk.count == 6
+    assert batch.targets.tolist() == filled([row(3).text.targets, talk.targets], IGNORE)
+    found, = unpack(*pack([Text(talk, 5)]))
+    assert found.row._replace(ids=found.row.ids.tolist()) == talk
+
+
 def filled(rows, value) -> list[list[int]]:
     return [[*row, *[value] * (max(map(len, rows)) - len(row))] for row in rows]
 

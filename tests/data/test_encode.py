@@ -5,7 +5,14 @@ import pytest
 from dsvlm.data.encode import IGNORE, encode_record, encode_sample, masked_sample
 from dsvlm.data.reader import BadSample
 from dsvlm.data.sample import Boxes, Image, Sample, Text
-from dsvlm.data.tokenizer import TextCodec, add_locations, load_tokenizer, prompt_segments, train_tokenizer
+from dsvlm.data.tokenizer import (
+    TextCodec,
+    add_locations,
+    load_tokenizer,
+    prompt_segments,
+    spoken_segments,
+    train_tokenizer,
+)  # fmt: skip
 from dsvlm.tasks import TASK_TYPES
 
 WORDS = ["what colour is the circle?", "red", "blue", "where is the red square?", "a red circle, a blue square"] * 20
@@ -25,6 +32,73 @@ def test_decoder_targets_are_the_next_tokens_of_the_answer(codec):
     assert codec.decode([t for _, t in learnt]) == "red"
     assert row.tokens.count(codec.eos_id) == 1 and row.tokens[-1] == codec.eos_id
     assert row.tokens[0] == codec.bos_id and row.count == len(learnt)
+
+
+def said(*texts: str) -> dict:
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]}
+
+
+def test_conversations_learn_every_answer_with_its_end(codec):
+    make = TASK_TYPES["conversation"]().sample
+    row = encode_record(said("what colour?", "red", "where is?", "a square", "is it?", "blue"), make, codec, 64,
+                        encoder_decoder=False)  # fmt: skip
+    learnt = [t for t in row.targets if t != IGNORE]
+    answers = [codec.encode(Text(text), first=False) for text in ("red", "a square", "blue")]
+    assert learnt == [i for answer in answers for i in (*answer, codec.eos_id)] and row.count == len(learnt)
+    assert all(t in (IGNORE, row.tokens[i + 1]) for i, t in enumerate(row.targets[:-1])) and row.targets[-1] == IGNORE
+    questions = [codec.encode(Text(text), first=False) for text in ("where is?", "is it?")]
+    assert [row.ids[first:end] for first, end in row.silent] == questions
+    assert codec.decode(row.ids) == "what colour? red where is? a square is it? blue"
+
+
+def test_a_typed_conversation_has_the_ids_of_training(codec):
+    texts = ("what colour?", "red", "where is?", "a square")
+    row = encode_record(said(*texts), TASK_TYPES["conversation"]().sample, codec, 64, encoder_decoder=False)
+    asked = Sample(spoken_segments(texts[:3]), label=0)
+    typed = encode_sample(asked, codec, 64, encoder_decoder=False)
+    assert typed.ids == row.ids[: len(typed.ids)] and len(typed.ids) == row.silent[0][1]
+    assert spoken_segments("where is?") == spoken_segments(["where is?"]) == prompt_segments("where is?")
+    with pytest.raises(BadSample, match="an encoder-decoder answers once"):
+        encode_sample(asked, codec, 64, encoder_decoder=True)
+    for wrong in ([], texts[:2], ("a", " ", "b"), ("a", "b", "")):
+        with pytest.raises(ValueError, match=f"prompt: {len(wrong)} texts; give a question, or"):
+            spoken_segments(wrong)
+
+
+def test_a_conversation_of_one_turn_is_a_question_and_its_answer(codec):
+    for prompt in (None, "say {%s} now"):
+        talk = TASK_TYPES["conversation"](prompt and prompt % "text")
+        vqa = TASK_TYPES["vqa"](prompt and prompt % "question")
+        rows = [
+            encode_record(record, kind.sample, codec, 64, encoder_decoder=False)
+            for kind, record in ((talk, said("red?", "blue")), (vqa, {"question": "red?", "answer": "blue"}))
+        ]
+        assert rows[0] == rows[1] and rows[0].silent == ()
+
+
+@pytest.mark.parametrize("texts, words", [
+    (("red?", "blue", "red?"), "alternate"), (("red?", ""), "answer without text"),
+    (("<image> red? <image>", "blue"), "several images"), (("red? " * 60, "blue", "red?", "blue"), "max_length"),
+])  # fmt: skip
+def test_conversations_that_cannot_teach(codec, texts, words):
+    with pytest.raises(BadSample, match=words):
+        encode_record(said(*texts), TASK_TYPES["conversation"]().sample, codec, 64, encoder_decoder=False)
+
+
+def test_a_conversation_that_is_too_long_loses_its_last_turns(codec):
+    make, whole = TASK_TYPES["conversation"]().sample, []
+    for turns in range(1, 6):
+        record = said(*("what is red?", "a blue square") * turns)
+        whole.append(encode_record(record, make, codec, 999, encoder_decoder=False))
+    for limit in range(len(whole[0].ids), len(whole[4].ids) + 1):
+        cut = encode_record(record, make, codec, limit, encoder_decoder=False)
+        assert cut == max((row for row in whole if len(row.ids) <= limit), key=lambda row: len(row.ids))
+
+
+def test_a_last_answer_without_ids_is_nothing_to_predict(codec):
+    segments = (Text("red"), Text("blue", loss=True), Text("red"), Text("", loss=True))
+    with pytest.raises(BadSample, match="the last answer is empty"):
+        encode_sample(Sample(segments), codec, 64, encoder_decoder=False)
 
 
 def test_pad_equal_to_eos_keeps_one_eos(codec):

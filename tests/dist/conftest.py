@@ -14,7 +14,7 @@ from tests.dist.pool import Pool
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
-    """Scenes, a text-only task `lines` and a head-bank task `match` made from them."""
+    """Scenes, a text-only task `lines`, a head-bank task `match` and conversations `talks` made from them."""
     root = tmp_path_factory.mktemp("dist-data")
     make_scenes(root, samples=24, val_samples=8, tasks=("caption", "question", "locate"))
     source = ShardReader(load_manifest(root / "train/caption"))
@@ -25,7 +25,17 @@ def data_root(tmp_path_factory) -> Path:
             label = i % 3
             pair = {"text": caption if label else "an empty scene", "label": label}
             match.write(f"m{i}", {"png": source.image(i), "json": to_json(pair)})
+    with ShardWriter(root / "train/talks", "conversation") as talks:
+        for i in range(len(source)):
+            said = [("<image>\ndescribe", source.record(i)["caption"]), (f"after {i % 7} comes", str(i % 7 + 1))] * 2
+            talks.write(f"t{i}", {"png": source.image(i), "json": to_json({"conversations": turns(said[: 1 + i % 3])})})
     return root
+
+
+def turns(said: list[tuple[str, str]]) -> list[dict]:
+    """LLaVA's turns of (question, answer); the image's mark stands in the first question alone."""
+    texts = [text.replace("<image>", "" if i else "<image>") for i, pair in enumerate(said) for text in pair]
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 def to_json(record: dict) -> bytes:

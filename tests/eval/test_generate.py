@@ -13,6 +13,7 @@ from dsvlm.data.encode import encode_sample
 from dsvlm.data.sample import Image, Sample, Text
 from dsvlm.eval import generate
 from dsvlm.eval.generate import Room, answers, head_answers, question_batch
+from dsvlm.tasks.conversation import Conversation
 
 PROMPTS = ("what shape is red?", "where is the blue circle?", "what colour is the triangle?", "red", "is it green?")
 
@@ -49,6 +50,17 @@ def test_the_question_is_the_training_row_up_to_the_answer(loaded):
     asked = question_batch(codec, [(segments, questions(1)[0][1])], Room.of(model), 20).tokens[0].tolist()
     first = next(i for i, t in enumerate(trained.targets) if t >= 0)
     assert asked == trained.tokens[: first + 1]
+
+
+def test_a_conversation_is_asked_for_its_last_answer_behind_the_row_of_training(loaded):
+    _, codec, model = loaded
+    said = ["what shape is red?", "circle", "and blue?", "square"]
+    record = {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]}
+    kind = Conversation("ask {text}")
+    trained = encode_sample(kind.sample(record), codec, 48, False)
+    batch = question_batch(codec, [(kind.question(record), questions(1)[0][1])], Room.of(model), 20)
+    assert batch.tokens[0].tolist() == trained.ids[: trained.silent[-1][1]] and batch.tokens[0].tolist()[-1] != 2
+    assert answers(model, codec, [(kind.question(record), questions(1)[0][1])], 3, 1)
 
 
 def test_an_answer_stays_within_the_positions(loaded):
@@ -124,6 +136,15 @@ def test_command_asks_about_a_region_as_training_does(run_dir, image, monkeypatc
     assert segments == (
         Image(), Text("what is in the region"), Text("<loc_1><loc_2><loc_5><loc_6>"), Text("?")
     )  # fmt: skip
+
+
+def test_command_goes_on_with_a_conversation(run_dir, image, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(generate, "answers", lambda model, codec, questions, *_: asked.extend(questions) or ["red"])
+    assert run(["generate", str(run_dir), str(image), "what?", "red", "sure?"]) == 0
+    assert asked[0][0] == (Image(), Text("what?"), Text("red", loss=True), Text("sure?"))
+    assert run(["generate", str(run_dir), str(image), "what?", "red"]) == 2
+    assert "prompt: 2 texts; give a question, or questions and answers in turn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, content, message", [

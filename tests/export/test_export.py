@@ -117,6 +117,8 @@ def test_processor_takes_paths_bytes_and_pictures_alike(folders, image):
         for other in (str(image), image.read_bytes(), picture):
             assert torch.equal(processor(other, PROMPTS[0])["pixels"], wanted["pixels"])
     assert processor(image, PROMPTS[0], max_new_tokens=3)["max_new_tokens"] == 3
+    asked, talk = (processor(image, said)["tokens"][0].tolist() for said in ("what?", ["what?", "red", "what?"]))
+    assert talk[: len(asked)] == asked and talk[-len(asked) :] == [processor.codec.eos_id, *asked[1:]]
     # 48 positions less 5 image tokens less the prompt: fewer than the 100 tokens that the recipe asks for
     assert wanted["max_new_tokens"] == 43 - wanted["tokens"].shape[1]
 

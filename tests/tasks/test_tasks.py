@@ -16,6 +16,7 @@ RECORDS = {
     "locate": {"name": "dog", "boxes": [list(LEFT), list(RIGHT)]},
     "detect": {"objects": [{"name": "dog", "box": list(LEFT)}, {"name": "cat", "box": list(RIGHT)}]},
     "pair": {"text": "a dog", "label": 1},
+    "conversation": {"conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]},
 }
 
 
@@ -35,7 +36,7 @@ def test_question_is_the_sample_without_its_target(name):
 ASKED = {
     "caption": (Text("describe the image"),), "vqa": (Text("what colour?"),), "locate": (Text("where is the dog?"),),
     "classify": (Text("what is in the region"), Boxes((LEFT,)), Text("?")), "detect": (Text("list all objects"),),
-    "pair": (Text("a dog"),),
+    "pair": (Text("a dog"),), "conversation": (Text("what?"),),
 }  # fmt: skip
 
 
@@ -85,6 +86,7 @@ def test_a_perfect_answer_scores_one():
     answers = {
         "caption": "a red circle", "vqa": "Red", "classify": "dog", "locate": "".join(codes),
         "detect": f"dog{codes[0]} cat {codes[1]}", "pair": "1",
+        "conversation": "red",
     }  # fmt: skip
     for name, answer in answers.items():
         kind = TASK_TYPES[name]()
@@ -154,3 +156,16 @@ def test_a_label_that_is_no_whole_number_is_an_error(label):
 def test_a_pair_without_a_text_is_not_asked_about_none():
     with pytest.raises(TypeError, match="text: None is neither text nor a number"):
         TASK_TYPES["pair"]().sample({"text": None, "label": 1})
+
+
+def test_a_conversation_is_asked_for_its_last_answer():
+    said = [("system", "Be brief."), ("human", "<image>\nWhat?"), ("gpt", "A {dog}."), ("human", "Why?"),
+            ("gpt", "Ears.")]  # fmt: skip
+    record = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    kind = TASK_TYPES["conversation"]("USER: {text} ASSISTANT:")
+    asked = (Image(), Text("Be brief."), Text("USER: What? ASSISTANT:"), Text("A {dog}.", loss=True),
+             Text("USER: Why? ASSISTANT:"))  # fmt: skip
+    assert kind.question(record) == asked and kind.sample(record).segments == (*asked, Text("Ears.", loss=True))
+    assert kind.truth(record) == "Ears." and kind.score(["ears."], [record], 16) == {"word_f1": 1, "exact": 1}
+    with pytest.raises(ValueError, match="it has no {text}"):
+        TASK_TYPES["conversation"]("describe the image")

@@ -1,6 +1,7 @@
 """One file per source format; each turns a dataset into shard sets with a function, `add_arguments` and `run`."""
 
 import difflib
+import hashlib
 import math
 
 
@@ -22,3 +23,8 @@ def shard_bytes(shard_mb: float) -> int:
     if not 0 < shard_mb * 2**20 < math.inf:
         raise ValueError(f"--shard-mb {shard_mb}: choose more than 0, and a number")
     return max(1, int(shard_mb * 2**20))
+
+
+def drawn_rank(seed: int, key: str) -> bytes:
+    """The place of a sample in an order drawn from the seed."""
+    return hashlib.blake2b(f"{seed}/{key}".encode("ascii"), digest_size=16).digest()

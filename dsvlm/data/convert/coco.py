@@ -1,19 +1,16 @@
 """COCO's own JSON files and photographs, as shard sets of four tasks."""
 
 import argparse
-import hashlib
 import json
 import sys
-from io import BytesIO
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple
 
-from dsvlm.data.convert import choose_tasks, shard_bytes
+from dsvlm.data.convert import choose_tasks, drawn_rank, shard_bytes
+from dsvlm.data.convert.photos import JPEG_QUALITY, SUFFIXES, is_inside, resized
 from dsvlm.data.fields import is_unicode
 
 TASKS = {"caption": "caption", "categorize": "classify", "locate": "locate", "detect": "detect"}
-SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-JPEG_QUALITY = 90
 
 
 class Photo(NamedTuple):
@@ -77,7 +74,7 @@ def convert_coco(images, out, *, captions=None, instances=None, tasks=tuple(TASK
     options = {"converter": "coco", "version": 1, "resize": resize, "max_boxes": max_boxes, "seed": seed,
                "limit": limit} | ({} if resize is None else {"jpeg_quality": JPEG_QUALITY})
     for task in tasks:
-        ordered = sorted(samples[task], key=lambda sample: _rank(seed, sample.key))
+        ordered = sorted(samples[task], key=lambda sample: drawn_rank(seed, sample.key))
         report["tasks"][task] = _write(out / task, task, ordered, photos, images, options, resize, size, progress)
     return report
 
@@ -117,7 +114,7 @@ def _samples(captions, instances, tasks, max_boxes, skipped, seed, limit) -> tup
                                  f"{instances}: the two files are of different datasets")
         photos |= found
     if limit is not None:
-        kept = sorted(photos, key=lambda image: _rank(seed, str(image)))[:limit]
+        kept = sorted(photos, key=lambda image: drawn_rank(seed, str(image)))[:limit]
         photos = {image: photos[image] for image in kept}
     texts = _texts(captions, contents["--captions"], photos, skipped) if "--captions" in contents else []
     boxes = _boxes(instances, contents["--instances"], photos, skipped) if "--instances" in contents else []
@@ -167,7 +164,7 @@ def _photos(path, content: dict) -> dict[int, Photo]:
         image, name, width, height = _fields(path, "image", entry, id=int, file_name=str, width=int, height=int)
         if image in photos:
             raise ValueError(f"{path}: image id {image} comes twice")
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        if not is_inside(name):
             raise ValueError(f"{path}: image {image} has file_name {name!r}, which leaves the directory of --images: "
                              f"give a name inside it")
         if not (1 <= width < 2**31 and 1 <= height < 2**31) or image < 0:
@@ -281,10 +278,7 @@ def _write(directory: Path, task: str, samples: list[Sample], photos, images: Pa
 
 def _image(directory: Path, photo: Photo, resize: int | None) -> tuple[str, bytes]:
     """(extension, bytes) of a photo, its size checked against the annotation file's."""
-    from PIL import Image
-
-    from dsvlm.data.index import IMAGE_FORMATS, image_size
-    from dsvlm.data.transforms import to_rgb
+    from dsvlm.data.index import image_size
 
     path = directory / photo.file_name
     data = path.read_bytes()
@@ -293,21 +287,4 @@ def _image(directory: Path, photo: Photo, resize: int | None) -> tuple[str, byte
         what = "does not decode" if found == (0, 0) else f"is {found[0]} x {found[1]} pixels"
         raise ValueError(f"{path} {what}, {photo.width} x {photo.height} expected by the annotation file: "
                          f"download it again")
-    if resize is None:
-        return SUFFIXES[path.suffix.lower()], data
-    scale = min(1.0, resize / min(found))
-    size = tuple(max(1, round(side * scale)) for side in found)
-    encoded = BytesIO()
-    try:
-        with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
-            image.draft("RGB", tuple(2 * side for side in size))         # JPEG only: decodes no more than is needed
-            to_rgb(image).resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=JPEG_QUALITY)
-    except Exception as error:         # Pillow's parsers raise nearly every type on damaged bytes
-        raise ValueError(f"{path} does not decode ({error}): download it again") from error
-    return "jpg", encoded.getvalue()
-
-
-def _rank(seed: int, key: str) -> bytes:
-    """The place of a sample in the drawn order."""
-    return hashlib.blake2b(f"{seed}/{key}".encode("ascii"), digest_size=16).digest()
-
+    return resized(path, data, found, resize)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsvlm.data.convert import shard_bytes
+from dsvlm.data.fields import RECORDS, choose_fields, make_record
 
 SUMMARY = """Streams WebDataset tars once, opened and grouped into samples by webdataset, and writes shards of our own.
 Exact training needs any sample at any time; what comes out of a program (pipe:...), or a compressed tar, can only be
@@ -27,7 +28,6 @@ def convert_webdataset(urls: list[str], task_type: str, out, fields: list[str] =
     sample has several images and none is chosen, a source cannot be read to its end, its program fails or none of the
     first samples fits.
     """
-    from dsvlm.data.fields import choose_fields, make_record
     from dsvlm.data.index import IMAGE_SUFFIXES, is_image
     from dsvlm.data.manifest import load_manifest
     from dsvlm.data.shard import ShardWriter, check_free
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dsvlm data convert webdataset`."""
     parser.description = SUMMARY
     parser.add_argument("urls", nargs="+", metavar="URL", help="tars as webdataset names them, `pipe:COMMAND` included")
-    parser.add_argument("--type", required=True, help="task type: caption, vqa, classify, locate, detect or pair")
+    parser.add_argument("--type", required=True, help=f"task type: {', '.join(RECORDS)}")
     parser.add_argument("--field", action="append", default=[], metavar="KEY=PLACE",
                         help="where a key of the record is: caption=txt, question=json:qa.0.question")
     parser.add_argument("--image", help="extension of the image, where samples have several")

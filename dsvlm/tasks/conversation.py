@@ -1,0 +1,42 @@
+"""Conversation about an image: every answer is learnt, each with the turns before it read."""
+
+from collections.abc import Sequence
+
+from dsvlm.data.sample import Segment, Text
+from dsvlm.data.turns import read_turns
+from dsvlm.tasks.base import TaskType, exact_share
+from dsvlm.tasks.caption import word_f1
+
+
+class Conversation(TaskType):
+    """Record: {"conversations": [{"from": "human", "value": str}, {"from": "gpt", "value": str}, ...]}.
+
+    OpenAI's turns (`role`, `content`) are read too. The prompt is filled with each question, as {text}; an EOS ends
+    each answer. Evaluation asks for the last answer, with the true ones before it.
+    """
+
+    prompt = "{text}"
+    fields = ("text",)
+    metric = "word_f1"
+
+    def __init__(self, prompt: str | None = None):
+        super().__init__(prompt)
+        if self.asked is not None:
+            raise ValueError(f"prompt {self.prompt!r}: it has no {{text}}, where the questions of a conversation stand")
+
+    def question(self, record: dict) -> tuple[Segment, ...]:
+        """The image, the system's text and all turns up to the last answer."""
+        system, turns = read_turns(record["conversations"])
+        image, *first = self.filled({"text": turns[0][0]})
+        segments = [image, *([Text(system)] if system.strip() else ()), *first]
+        for (_, answer), (question, _) in zip(turns, turns[1:], strict=False):
+            segments += [Text(answer, loss=True), *self.filled({"text": question})[1:]]
+        return tuple(segments)
+
+    def target(self, record: dict) -> tuple[Text, ...]:
+        return (Text(read_turns(record["conversations"])[1][-1][1], loss=True),)
+
+    def score(self, answers: Sequence[str], records: Sequence[dict], bins: int) -> dict[str, float]:
+        truths = [self.truth(record) for record in records]
+        f1 = [word_f1(a, t) for a, t in zip(answers, truths, strict=True)]
+        return {"word_f1": sum(f1) / max(len(f1), 1), "exact": exact_share(answers, truths)}
