@@ -122,7 +122,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    type: str  # caption | vqa | classify | locate | detect | pair
+    type: str  # caption | vqa | classify | locate | detect | pair | conversation
     shards: str  # shard set of the training split, relative to data.root
     samples: int  # of this task in one window
     eval: str | None = None  # shard set of the validation split
