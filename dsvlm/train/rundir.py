@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from dsvlm.config import BY_CONTENT, LOCAL_FILES, Recipe, parse_recipe
+from dsvlm.config import BY_CONTENT, LOCAL_FILES, Recipe, parse_recipe, read_raw
+from dsvlm.config_checks import check_room
 from dsvlm.data.files import write_file
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.data.transforms import check_decoder, resolve_decoder
@@ -47,6 +48,7 @@ def prepare_run(planned: Planned, ranks: int = 1) -> None:
         check_same_run(planned)
         check_same_ranks(recipe, ranks)
         check_same_tokenizer(recipe)
+    check_new_run(recipe)
     decoder = run_decoder(planned)
     pretrained = check_contents(recipe, read_run(run_dir).get("pretrained") if begun else None)
     if not begun:
@@ -161,8 +163,15 @@ def check_same_tokenizer(recipe: Recipe) -> None:
 def check_start(planned: Planned) -> None:
     """What can be said before ranks start: ValueError when a checkpoint is missing or the run that is there differs."""
     check_places(planned.recipe)
+    check_new_run(planned.recipe)
     if has_begun(planned.recipe.run_dir):
         check_same_run(planned)
+
+
+def check_new_run(recipe: Recipe) -> None:
+    """What is asked of a recipe whose run has not begun, beside what is asked of every one."""
+    if not has_begun(recipe.run_dir):
+        check_room(recipe)
 
 
 def check_same_run(planned: Planned) -> None:
@@ -217,4 +226,4 @@ def read_recipe(run_dir: Path) -> Recipe:
     path = Path(run_dir) / "recipe.yaml"
     if not path.exists():
         raise ValueError(f"{run_dir} is not a run: it has no recipe.yaml; give the directory that dsvlm train wrote")
-    return parse_recipe(yaml.safe_load(path.read_text()) | {"output": str(run_dir)})
+    return parse_recipe(read_raw(path) | {"output": str(run_dir)})

@@ -228,6 +228,21 @@ def disagree(record: dict, other: dict, rank: int, hosts: tuple[str, ...] = ()) 
     return ""
 
 
+def teller(rank: int) -> bool:
+    """Whether this rank is the one that tells the error of one of them."""
+
+    def fail():
+        if dist.get_rank() == rank:
+            raise OSError("broken")
+
+    try:
+        Guard(20).together(fail)
+    except ValueError as error:
+        assert str(error) == f"rank {rank}: broken"
+        return not error.told
+    return False
+
+
 def enter_window_error(rank: int, hosts: tuple[str, ...] = ()) -> str:
     """The error that every rank gets when one of them cannot read its share of a window."""
     guard = Guard(20, host=hosts[dist.get_rank()] if hosts else "")

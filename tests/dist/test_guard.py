@@ -67,6 +67,11 @@ def test_two_levels_agree(pools, hosts):
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_all_ranks_raise_one_of_them_tells(pools, rank):
+    assert pools(2).run("teller", rank=rank) == [True, False]
+
+
 @pytest.mark.parametrize("hosts", [("a", "a", "a"), ("a", "a", "b")])
 def test_one_rank_cannot_read(pools, hosts):
     messages = pools(3).run("enter_window_error", rank=1, hosts=hosts)

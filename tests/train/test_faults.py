@@ -14,7 +14,7 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
-from dsvlm.train.rundir import open_run, prepare_run, run_decoder
+from dsvlm.train.rundir import check_start, identity_of, open_run, prepare_run, read_recipe, run_decoder
 from tests.dist.recipes import tiny
 
 TASKS = {
@@ -176,6 +176,23 @@ def test_a_start_that_failed_before_its_first_update_may_be_corrected(root, tmp_
     (tmp_path / "run/run.json").write_text("")
     with pytest.raises(ValueError, match="run.json is damaged"):
         prepare_run(corrected)
+
+
+def test_runs_of_versions_that_did_not_count_positions_go_on(root, tmp_path):
+    """A new run needs a place for each token; one that has begun is gone on with and evaluated as it is."""
+    recipe = tiny(root, tasks=TASKS, output=str(tmp_path / "run"), text__max_length=100)
+    for starts in (prepare_run, check_start):
+        with pytest.raises(ValueError, match="text.max_length: 100 tokens after 5 image tokens are more than"):
+            starts(plan_run(recipe))
+    prepare_run(plan_run(tiny(root, tasks=TASKS, output=str(tmp_path / "run"))))
+    (tmp_path / "run/run.json").write_text(json.dumps(identity_of(plan_run(recipe))))
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
+    check_start(plan_run(recipe))
+    prepare_run(plan_run(recipe))
+    assert read_recipe(tmp_path / "run") == recipe
+    (tmp_path / "run/recipe.yaml").write_text("name: [")
+    with pytest.raises(ValueError, match="recipe .*recipe.yaml: not valid YAML"):
+        read_recipe(tmp_path / "run")
 
 
 def test_a_label_that_no_head_knows_is_masked(root):
