@@ -198,7 +198,7 @@ def train_steps(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    run.metrics.flush()
+    run.guard.first(run.metrics.flush)
     if run.planned.plan.control is not None:
         run.state = replace(run.state, controller=run.planned.plan.control.pack())
     save_checkpoint(run.engine, run.guard, run.ema, run.recipe.run_dir, run.state, run.recipe.train.keep)
@@ -207,7 +207,7 @@ def save(run: Run) -> None:
 def train_step(run: Run) -> bool:
     """One update. Returns True, with nothing done, when a rank has been asked to stop."""
     recipe, step, clock = run.recipe, run.state.step, Clock()
-    window, error = None, None
+    window, error = None, run.metrics.error
     try:
         window = run.loader.window(step)
     except (ValueError, OSError) as caught:
@@ -288,7 +288,7 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
         entries = run.guard.gather(events + run.loader.journal(window))
         run.metrics.journal(entry for part in entries for entry in part)
     if state.bad >= BAD_BEFORE_STOP and state.bad > run.recipe.data.max_bad_share * state.seen:
-        run.metrics.flush()
+        run.guard.first(run.metrics.flush)
         raise SharedError(
             f"step {window.step}: {state.bad} of {state.seen} samples could not be used, more than data.max_bad_share "
             f"({run.recipe.data.max_bad_share}); {run.recipe.run_dir / 'journal.jsonl'} names each with its reason. "

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from dsvlm import cli
 from dsvlm.train.launch import VARIABLES, Ranks, find_ranks
 
 COMPLETE = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -50,3 +51,16 @@ def test_what_is_not_a_number_is_shown(name, value):
 def test_rank_outside_the_world():
     with pytest.raises(ValueError, match="RANK=4 must be less than WORLD_SIZE=4"):
         find_ranks(COMPLETE | {"RANK": "4"})
+
+
+@pytest.mark.parametrize("told, words", [(False, "dsvlm: error: the disk is full\n"), (True, "")])
+def test_what_rank_0_tells_the_others_leave_to_it(monkeypatch, capsys, told, words):
+    error = ValueError("the disk is full")
+    error.told = told
+
+    def fail(name, overrides):
+        raise error
+
+    monkeypatch.setattr("dsvlm.config.load_recipe", fail)
+    assert cli.run(["train", "quickstart"]) == 2
+    assert capsys.readouterr().err == words
