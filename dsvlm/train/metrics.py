@@ -87,20 +87,22 @@ class Metrics:
 
 def reopen(path: Path, start: int):
     """Opens a file of JSON lines for appending after its lines of steps below `start`."""
-    kept = [line for line in read_lines(path) if line["step"] < start]
+    kept = [line for line in read_lines(path) if line.get("step", start) < start]
     write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return path.open("a")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The complete lines of a file of JSON lines; none when there is no file."""
+    """The whole lines of a file of JSON lines; none when there is no file.
+
+    A kill cuts the last one off, and a disk may damage any: they are left out, for the others tell of the run alone.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
-            break  # a line cut off by a kill
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows

@@ -15,7 +15,9 @@ from dsvlm.data.transforms import check_decoder, resolve_decoder
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, make_tokenizer, manifest_record
 from dsvlm.train.checkpoint import complete_checkpoints
-from dsvlm.train.pretrained import check_contents, check_places
+from dsvlm.train.pretrained import check_contents, check_places, crcs
+
+KEPT = {"recipe", "manifests", "format"}  # what run.json has always held
 
 
 def lock_run(run_dir: Path):
@@ -50,17 +52,21 @@ def prepare_run(planned: Planned, ranks: int = 1) -> None:
         check_same_tokenizer(recipe)
     check_new_run(recipe)
     decoder = run_decoder(planned)
-    pretrained = check_contents(recipe, read_run(run_dir).get("pretrained") if begun else None)
+    saved = read_run(run_dir) if begun else {}
+    pretrained, tokenizer = check_contents(recipe, saved.get("pretrained") if begun else None), saved.get("tokenizer")
     if not begun:
         codec = make_tokenizer(planned)
         shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # of a start that failed before its first update
         save_tokenizer(codec, recipe.text.tokenizer, run_dir / "tokenizer")
+        tokenizer = crcs(sorted((run_dir / "tokenizer").iterdir()))
     # At every start: execution settings, such as where shards lie and are evaluated, may have changed.
     write_file(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
     # Last: a directory without run.json is one that was never started.
     record = identity_of(planned) | {"decoder": decoder}
     if pretrained:
         record["pretrained"] = pretrained
+    if tokenizer:  # runs of older versions do not say it
+        record["tokenizer"] = tokenizer
     if units_couple(recipe):
         record["ranks"] = ranks
     write_file(run_dir / "run.json", json.dumps(record, indent=1, sort_keys=True).encode())
@@ -98,8 +104,11 @@ def read_run(run_dir: Path) -> dict:
         record = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         record = error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object; restore it, or set output to another directory")
+    if not isinstance(record, dict) or path.exists() and not record.keys() >= KEPT:
+        raise ValueError(
+            f"{path} is damaged: it holds no JSON object with {', '.join(sorted(KEPT))}; restore it, or set output to "
+            "another directory"
+        )
     return record
 
 
@@ -215,9 +224,13 @@ def open_run(planned: Planned) -> tuple[TextCodec, Path | None]:
 
 
 def load_own_tokenizer(run_dir: Path, bins: int) -> TextCodec:
-    """The run's copy of its tokenizer; ValueError when it is gone."""
+    """The run's copy of its tokenizer; ValueError when it is gone, or is not what was written."""
     if not (run_dir / "tokenizer").is_dir():
         raise ValueError(f"{run_dir}/tokenizer is gone, and with it the run's vocabulary; restore it from a copy")
+    for name, crc in read_run(run_dir).get("tokenizer", {}).items():
+        path = run_dir / "tokenizer" / name
+        if not path.is_file() or crcs([path])[name] != crc:
+            raise ValueError(f"{path} is not the file that the run began with; restore it from a copy")
     return load_tokenizer(run_dir / "tokenizer", bins)
 
 

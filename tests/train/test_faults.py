@@ -14,6 +14,7 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
+from dsvlm.train.metrics import reopen
 from dsvlm.train.rundir import check_start, identity_of, open_run, prepare_run, read_recipe, run_decoder
 from tests.dist.recipes import tiny
 
@@ -173,9 +174,39 @@ def test_a_start_that_failed_before_its_first_update_may_be_corrected(root, tmp_
     corrected = plan_run(tiny(root, tasks=TASKS, output=output, optim__lr=0.5))
     prepare_run(corrected)
     assert open_run(corrected)[0].hash() == make_tokenizer(corrected).hash()
-    (tmp_path / "run/run.json").write_text("")
-    with pytest.raises(ValueError, match="run.json is damaged"):
-        prepare_run(corrected)
+    for text in ("", "{}"):
+        (tmp_path / "run/run.json").write_text(text)
+        with pytest.raises(ValueError, match="run.json is damaged"):
+            prepare_run(corrected)
+
+
+def test_a_vocabulary_that_was_changed_is_refused(root, tmp_path):
+    """One that Transformers still reads would split every text in another way, without a word."""
+    planned = plan_run(tiny(root, tasks=TASKS, output=str(tmp_path / "run")))
+    prepare_run(planned)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
+    prepare_run(planned)
+    path = tmp_path / "run/tokenizer/tokenizer.json"
+    whole = path.read_text()
+    path.write_text(whole.replace("-", "-1", 1))
+    with pytest.raises(ValueError, match="tokenizer.json is not the file that the run began with"):
+        open_run(planned)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    del record["tokenizer"]  # runs of older versions do not say it
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    prepare_run(planned)
+    open_run(planned)
+    path.write_text(whole[:100])
+    with pytest.raises(ValueError, match="^text.tokenizer: .*run/tokenizer cannot be read: [^\n]*$"):
+        open_run(planned)
+
+
+def test_lines_that_are_damaged_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n\xff\xfe\n{}\n[]\n{"step": 2}\n{"step": 3}\n{"st')
+    with reopen(path, 3) as lines:
+        lines.write("more\n")
+    assert path.read_text() == '{"step": 0}\n{"step": 2}\nmore\n'
 
 
 def test_runs_of_versions_that_did_not_count_positions_go_on(root, tmp_path):
