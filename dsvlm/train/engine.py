@@ -94,6 +94,23 @@ def check_keys(path: Path, config) -> None:
             )
 
 
+def check_zero(recipe: Recipe) -> None:
+    """What DeepSpeed itself would not take of a JSON's zero_optimization: ValueError, in one line, naming the key.
+
+    Not a part of `read_ds_config`, for DeepSpeed takes seconds to import.
+    """
+    from deepspeed.runtime.zero.config import get_zero_config
+    from pydantic import ValidationError
+
+    try:
+        get_zero_config(read_ds_config(recipe))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        path = recipe.train.ds_config
+        raise ValueError(f"train.ds_config: {path} sets {key} to {first['input']!r:.40}: {first['msg']}") from None
+
+
 def engine_config(config: dict, optim: OptimConfig, dtype: str) -> dict:
     """The whole DeepSpeed configuration: one backward call per micro-step, one step per window, sums in fp32."""
     full = dict(config) | {

@@ -17,7 +17,7 @@ from dsvlm.schedule.digest import combine, digest, fingerprint, mark
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, manifest_record, plan_run
 from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_checkpoint
-from dsvlm.train.engine import forget_gradients, make_engine, read_ds_config
+from dsvlm.train.engine import check_zero, forget_gradients, make_engine, read_ds_config
 from dsvlm.train.experts import share_experts
 from dsvlm.train.guard import Guard, SharedError, code_version
 from dsvlm.train.launch import find_ranks, init_distributed
@@ -96,6 +96,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     recipe, rank, world_size = planned.recipe, dist.get_rank(), dist.get_world_size()
     # Before anything is written or shared: the ranks agree on what they are about to train, and how.
     guard.same(start_record(planned))
+    guard.together(check_zero, recipe)
     guard.first(prepare_run, planned, world_size)
     codec, checkpoint = guard.together(open_run, planned)
     decoder = guard.together(run_decoder, planned)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dsvlm.model.moe_parallel import share_of
 from dsvlm.train import build, checkpoint
 from dsvlm.train.ema import Ema
-from dsvlm.train.engine import make_engine
+from dsvlm.train.engine import check_zero, make_engine
 from dsvlm.train.experts import share_experts
 from dsvlm.train.fragments import STATES, fragment, gather, trainable
 from dsvlm.train.guard import Guard
@@ -223,6 +223,15 @@ def disagree(record: dict, other: dict, rank: int, hosts: tuple[str, ...] = ()) 
     guard = Guard(20, host=hosts[dist.get_rank()] if hosts else "")
     try:
         guard.same(other if dist.get_rank() == rank else record)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def error_of_settings(recipe) -> str:
+    """What is said of a JSON that DeepSpeed would not take."""
+    try:
+        check_zero(recipe)
     except ValueError as error:
         return str(error)
     return ""
