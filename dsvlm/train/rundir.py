@@ -32,7 +32,8 @@ def lock_run(run_dir: Path):
     except BlockingIOError:
         lock.close()
         raise ValueError(
-            f"output: another training is running in {run_dir}; wait for its end, or set output to another directory"
+            f"output: another training is running in {run_dir}; wait for its end, ask it to save and end (touch "
+            f"{run_dir}/STOP), or set output to another directory"
         ) from None
     except OSError:
         pass  # a file system without locks: nothing can be known about other trainings
