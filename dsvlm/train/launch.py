@@ -142,13 +142,16 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
     def stop(number: int, frame) -> None:
         if number == signal.SIGINT and stop_file(run_dir, token).exists():
             os.killpg(child.pid, signal.SIGKILL)  # the second Ctrl-C means now
-        request_stop(run_dir, token)
+        try:
+            request_stop(run_dir, token)
+        except OSError:  # no room or quota for a file: by signal, which leaves ranks 30 seconds to save
+            os.killpg(child.pid, signal.SIGTERM)
         print("dsvlm: stopping: the ranks save after the present update", file=sys.stderr)
 
     for number in SIGNALS:
         signal.signal(number, stop)
     if pending.signal is not None:
-        request_stop(run_dir, token)  # it came before there was a rank to ask
+        stop(pending.signal, None)  # it came before there was a rank to ask
     try:
         code = child.wait()
         return code if code >= 0 else 128 - code  # as shells tell a death by signal
