@@ -13,7 +13,7 @@ from dsvlm.train.build import make_model
 from dsvlm.train.checkpoint import complete_checkpoints, is_complete, read_tensors
 
 PIECE = 2**24  # bytes read at a time
-START = "model.start_from"
+START, EARLIER = "model.start_from", " of its start"  # fields of run.json
 
 
 def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True, record: dict | None = None):
@@ -22,7 +22,7 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True, record: d
     record: what run.json says that the run began with (`contents`), default: whatever is there now.
     Raises ValueError when they are of another vocabulary, or one of them has no place in the model.
     """
-    starts = list(start_checkpoints(recipe, record).values())
+    starts = list(start_checkpoints(recipe.model.start_from, record).values())
     model = make_model(recipe, codec, trains and not starts)  # what is frozen now may have been trained before
     if not starts:
         return model
@@ -49,33 +49,33 @@ def put_weights(model, checkpoint: Path) -> None:
         place.data.copy_(tensor)
 
 
-def start_checkpoints(recipe: Recipe, record: dict | None = None) -> dict[str, Path]:
-    """The checkpoint to begin with, by its field; then, as that holds but what its run trained, the one before it.
+def start_checkpoints(start_from: str | None, record: dict | None = None) -> dict[str, Path]:
+    """The checkpoint to begin with, by its field; then, as that holds but what its run trained, those before it.
 
     record: as of `begin_model`. Runs of versions that knew the first one alone go on with that.
     """
-    found, checkpoint = {}, start_checkpoint(recipe.model.start_from)
-    while checkpoint is not None:
-        found[START + " of its start" * len(found)] = checkpoint
-        if record is not None and START + " of its start" * len(found) not in record:
-            break
-        checkpoint = start_before(checkpoint.parents[1])
-    return found
+    first = start_checkpoint(start_from)
+    if first is None:
+        return {}
+    if record is not None and START + EARLIER not in record:
+        return {START: first}
+    return {START: first} | {field + EARLIER: path for field, path in starts_before(first.parents[1]).items()}
 
 
-def start_before(run_dir: Path) -> Path | None:
-    """The checkpoint that an earlier run began with, where it has trained a part of its model alone."""
+def starts_before(run_dir: Path) -> dict[str, Path]:
+    """The checkpoints that an earlier run began with, where it has trained a part of its model alone."""
     model = read_raw(run_dir / "recipe.yaml")["model"]
     if model.get("start_from") is None or not (model["freeze"] or model["lora"]):
-        return None
-    checkpoint = start_checkpoint(model["start_from"])
-    began = json.loads((run_dir / "run.json").read_text()).get("pretrained", {})
-    if began.get(START) != crcs([checkpoint / "COMPLETE.json"]):
-        raise ValueError(
-            f"{START}: {run_dir} froze a part of what it began with, which is not in {checkpoint} any more: give that "
-            f"run, as it was then, in {run_dir / 'recipe.yaml'}"
-        )
-    return checkpoint
+        return {}
+    record = json.loads((run_dir / "run.json").read_text()).get("pretrained", {})
+    found = start_checkpoints(model["start_from"], record)
+    for field, checkpoint in found.items():
+        if record.get(field) != crcs([checkpoint / "COMPLETE.json"]):
+            raise ValueError(
+                f"{START}: {run_dir} froze a part of what it began with, which is not in {checkpoint} any more: give "
+                f"that run, as it was then, in {run_dir / 'recipe.yaml'}"
+            )
+    return found
 
 
 def start_checkpoint(start_from: str | None) -> Path | None:
@@ -107,7 +107,7 @@ def contents(recipe: Recipe, record: dict | None = None) -> dict[str, dict[str, 
     """crc32 of the files that decide what the model begins with, by the recipe's field; record: as of `begin_model`."""
     check_places(recipe)
     files = {field: weights_of(directory) for field, directory in places(recipe).items()}
-    for field, checkpoint in start_checkpoints(recipe, record).items():
+    for field, checkpoint in start_checkpoints(recipe.model.start_from, record).items():
         files[field] = [checkpoint / "COMPLETE.json"]  # which has the sha256 of the others
     return {field: crcs(paths) for field, paths in files.items()}
 
