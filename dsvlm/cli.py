@@ -233,5 +233,6 @@ def run(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if "DSVLM_TRACEBACK" in os.environ:
             raise
-        print(f"dsvlm: error: {error}", file=sys.stderr)
+        if not getattr(error, "told", False):  # rank 0 raises the same, and says it once
+            print(f"dsvlm: error: {error}", file=sys.stderr)
         return 2

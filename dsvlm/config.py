@@ -295,6 +295,14 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
                 "or a path that ends in .yaml"
             )
         path = RECIPES / f"{name}.yaml"
+    raw = read_raw(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_recipe(raw)
+
+
+def read_raw(path: Path) -> dict:
+    """A recipe's file as it stands there, unchecked."""
     try:
         raw = read_yaml(path.read_bytes())
     except OSError as error:
@@ -303,9 +311,7 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise ValueError(f"recipe {path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"recipe {path}: expected a mapping, found {type(raw).__name__}")
-    for override in overrides:
-        apply_override(raw, override)
-    return parse_recipe(raw)
+    return raw
 
 
 def parse_recipe(raw: dict) -> Recipe:

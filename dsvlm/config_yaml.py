@@ -1,23 +1,30 @@
 """YAML as recipes use it: what JSON can hold, every key once and text."""
 
 import math
+import re
 
 import yaml
 
 DEEPEST = 32  # levels of a value in a free part of a recipe; one that holds itself has more
 KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 KNOWN = tuple(f"tag:yaml.org,2002:{kind}" for kind in KINDS)
-TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+TEXT, MERGE, INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge", "tag:yaml.org,2002:int"
+DECIMAL = re.compile("0|-?[1-9][0-9]*")
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Refuses what SafeLoader takes without a word: a key that comes twice, a key or a value that JSON cannot hold."""
+    """Refuses what SafeLoader takes without a word: a key that comes twice, a key or a value that JSON cannot hold.
+
+    Keys that are integers, such as those of `id2label`, are text.
+    """
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         lines = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if key.tag == INTEGER and DECIMAL.fullmatch(key.value):
+                key.tag = TEXT  # as JSON keeps it, and Transformers' id2label takes it
             if key.tag not in (TEXT, MERGE):
                 raise ValueError(f"line {line}: the key {shown(key)} is no text; put it in quotes")
             if key.value in lines:

@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from dsvlm.config import apply_override, parse_recipe
+from dsvlm.config_checks import check_room
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 40, "patch_size": 10}
 RAW = {
@@ -54,7 +55,7 @@ def test_identity_stays():
 def test_a_row_has_a_position_for_each_token(kind):
     """Also where positions are no table: an evaluation would have no room for an answer."""
     overrides = ["train.micro_tokens=0", f"model.decoder.kind={kind}"]
-    assert parsed(*overrides, "model.decoder.config.max_position_embeddings=65")
+    check_room(parsed(*overrides, "model.decoder.config.max_position_embeddings=65"))
     with pytest.raises(ValueError, match=r"text.max_length: 48 tokens after 17 image tokens .*embeddings \(64\)"):
-        parsed(*overrides, "model.decoder.config.max_position_embeddings=64")
-    assert parsed(*overrides, "model.decoder.pretrained=somewhere", "text.tokenizer=somewhere")
+        check_room(parsed(*overrides, "model.decoder.config.max_position_embeddings=64"))
+    check_room(parsed(*overrides, "model.decoder.pretrained=somewhere", "text.tokenizer=somewhere"))

@@ -4,6 +4,7 @@ import copy
 import datetime
 
 import pytest
+import yaml
 
 from dsvlm.config import apply_override, load_recipe, parse_recipe
 from tests.dist.recipes import DECODERS, RAW
@@ -24,7 +25,9 @@ def raw():
     (b"tasks:\n  a: {type: vqa, type: pair}\n", "line 2: the key 'type' is in line 2 already"),
     (b"base: &a {x: 1}\nb: {<<: *a, <<: *a}\n", "line 2: the key '<<' is in line 2 already"),
     (b"tasks:\n  on: {type: vqa}\n", "line 2: the key 'on' is no text; put it in quotes"),
-    (b"model:\n  1: 2\n", "line 2: the key '1' is no text"),
+    (b"model:\n  1.5: 2\n", "line 2: the key '1.5' is no text"),
+    (b"model:\n  0x1: 2\n", "line 2: the key '0x1' is no text"),
+    (b"model: {1: 2, '1': 3}\n", "line 1: the key '1' is in line 1 already"),
     (b"? [a]\n: 1\n", "line 1: the key a sequence is no text"),
     (b"name: 2020-01-01\n", "line 1: '2020-01-01' is of type timestamp"),
     (b"seed: 2020-13-99\n", "line 1: '2020-13-99' is of type timestamp"),
@@ -53,6 +56,17 @@ def test_overrides_are_read_the_same_way(raw, text, message):
     with pytest.raises(ValueError, match="^--set schedule.mixture: value .* is not valid YAML: ") as error:
         apply_override(raw, f"schedule.mixture={text}")
     assert message in str(error.value) and len(str(error.value)) < 300
+
+
+def test_integers_are_keys_as_json_has_them(raw):
+    """Transformers' own files write them so, and a run's recipe.yaml reads the same."""
+    apply_override(raw, "model.decoder.config.id2label={0: cat, -1: none, 10: dog}")
+    recipe = parse_recipe(raw)
+    assert recipe.model.decoder.config["id2label"] == {"0": "cat", "-1": "none", "10": "dog"}
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))).identity() == recipe.identity()
+    apply_override(raw, "tasks.lines={1: 2}")
+    with pytest.raises(ValueError, match="^tasks.lines.1: unknown key"):
+        parse_recipe(raw)
 
 
 def test_merges_may_replace_keys(tmp_path, raw):

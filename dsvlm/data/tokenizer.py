@@ -139,7 +139,10 @@ def load_tokenizer(directory: str | Path, bins: int) -> TextCodec:
 
     if not Path(directory).is_dir():
         raise ValueError(f"text.tokenizer: {directory} is not a directory; give a local tokenizer, or 'train'")
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # of any kind: Transformers reads what the files say
+        raise ValueError(f"text.tokenizer: {directory} cannot be read: {' '.join(str(error).split())}") from None
     if not tokenizer.is_fast:
         raise ValueError(f"text.tokenizer: {directory} has no fast tokenizer (tokenizer.json); convert it first")
     add_locations(tokenizer, bins)

@@ -143,8 +143,11 @@ def _is_shard_set(subject: str) -> bool:
 def _planned(recipe: str, overrides: list[str]):
     from dsvlm.config import load_recipe
     from dsvlm.train.build import plan_run
+    from dsvlm.train.rundir import check_new_run
 
-    return plan_run(load_recipe(recipe, overrides))
+    planned = plan_run(load_recipe(recipe, overrides))
+    check_new_run(planned.recipe)
+    return planned
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

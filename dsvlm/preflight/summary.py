@@ -15,6 +15,7 @@ from dsvlm.schedule.plan import Schedule, Stream
 from dsvlm.schedule.preview import preview
 from dsvlm.schedule.strategy import idle_share
 from dsvlm.train.build import Planned, plan_run
+from dsvlm.train.rundir import check_new_run
 
 STEPS, RANKS = 16, 8  # at most so many of each are located; counts, epochs and the idle share come from all
 SAMPLES = 2**20  # of windows that are cut by length, which takes time in proportion
@@ -23,6 +24,7 @@ SAMPLES = 2**20  # of windows that are cut by length, which takes time in propor
 def plan_summary(recipe: Recipe, world_size: int, steps: range) -> tuple[list[dict], dict]:
     """Return the rows of some steps and the summary of the whole run; no sample is read."""
     planned = plan_run(recipe)
+    check_new_run(recipe)
     cut = Cut(planned, world_size)
     rows = preview(planned.plan, planned.schedule, world_size, cut.deal, steps, planned.identity)
     return rows, summarise(planned, cut, world_size)

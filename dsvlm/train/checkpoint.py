@@ -15,6 +15,7 @@ them again. Frozen weights are not saved: they come from where they came at the 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -71,7 +72,13 @@ def is_complete(directory: Path) -> bool:
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return [p for p in sorted((run_dir / "checkpoints").glob("step_*")) if is_complete(p)]
+    return [directory for directory in begun_checkpoints(run_dir) if is_complete(directory)]
+
+
+def begun_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints, whole or not, oldest first. A copy by another name, such as `step_best`, is no part of the run."""
+    found = sorted((run_dir / "checkpoints").glob("step_*"))
+    return [path for path in found if re.fullmatch("step_[0-9]{8,}", path.name)]
 
 
 def save_checkpoint(engine, guard, ema, run_dir: Path, state: RunState, keep: int) -> Path:
@@ -149,7 +156,7 @@ def finish(directory: Path, state: RunState, files: dict[str, dict]) -> None:
 def remove_old(run_dir: Path, keep: int) -> None:
     """Removes complete checkpoints but for the newest `keep`, and the halves that interrupted saves have left."""
     kept = complete_checkpoints(run_dir)[-keep:]
-    for old in sorted((run_dir / "checkpoints").glob("step_*")):
+    for old in begun_checkpoints(run_dir):
         if old not in kept and old < kept[-1]:
             (old / "COMPLETE.json").unlink(missing_ok=True)  # first: an interrupted removal leaves no complete one
             shutil.rmtree(old)

@@ -14,6 +14,7 @@ OWNED = (
     "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "communication_data_type",
     "seq_parallel_communication_data_type", "torch_autocast", "amp", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
+KEPT = ("zero_force_ds_cpu_optimizer", False)  # what `engine_config` sets; DeepSpeed asks for it where it offloads
 # Of zero_optimization: with these, what is trained is no longer what the recipe says.
 INEXACT = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "zenflow")
 # What is left to a JSON, for DeepSpeed passes over any other key without a word.
@@ -70,7 +71,7 @@ def check_keys(path: Path, config) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"train.ds_config: {path} holds {json.dumps(config)[:40]}; expected an object: {{...}}")
     for key in config:
-        if key.startswith(("_", "//")):
+        if key.startswith(("_", "//")) or (key, config[key]) == KEPT:
             continue  # a comment, which DeepSpeed passes over
         if key in OWNED:
             raise ValueError(f"train.ds_config: {path} sets {key!r}, which the recipe decides; remove it from the file")
@@ -91,6 +92,23 @@ def check_keys(path: Path, config) -> None:
                 f"train.ds_config: {path} sets {key!r}, with which the same recipe would train other weights; "
                 "remove it from the file"
             )
+
+
+def check_zero(recipe: Recipe) -> None:
+    """What DeepSpeed itself would not take of a JSON's zero_optimization: ValueError, in one line, naming the key.
+
+    Not a part of `read_ds_config`, for DeepSpeed takes seconds to import.
+    """
+    from deepspeed.runtime.zero.config import get_zero_config
+    from pydantic import ValidationError
+
+    try:
+        get_zero_config(read_ds_config(recipe))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        path = recipe.train.ds_config
+        raise ValueError(f"train.ds_config: {path} sets {key} to {first['input']!r:.40}: {first['msg']}") from None
 
 
 def engine_config(config: dict, optim: OptimConfig, dtype: str) -> dict:

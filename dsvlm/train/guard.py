@@ -17,6 +17,14 @@ from dsvlm.train.nodes import Nodes, find_nodes
 PATIENCE = 1800  # seconds: what starts and checkpoints may take on the slowest rank
 
 
+class SharedError(ValueError):
+    """An error that all ranks raise together. told: whether this one leaves it to rank 0 to say so."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.told = dist.get_rank() > 0
+
+
 class Guard:
     """The ranks' own channel, in two levels: within each node, then among their leaders.
 
@@ -42,7 +50,7 @@ class Guard:
         summary = self.collective(self.patient.merge, summarise(dist.get_rank(), record), merge)
         message = self.collective(self.patient.broadcast, summary and difference(summary))
         assert message is not None, "ranks differ in a record that compares equal"
-        raise ValueError(f"the ranks do not hold the same run: {message}")
+        raise SharedError(f"the ranks do not hold the same run: {message}")
 
     def together(self, function, *arguments):
         """Calls a function on every rank; when it fails on some, all ranks raise the same ValueError, naming them."""
@@ -62,7 +70,7 @@ class Guard:
             first = self.collective(self.patient.merge, (dist.get_rank(), error), first_error)
             rank, text = self.collective(self.patient.broadcast, first)
             where = "" if failed == dist.get_world_size() else f"rank {rank}: "
-            raise ValueError(f"{where}{text}")
+            raise SharedError(f"{where}{text}")
 
     def first(self, function, *arguments):
         """Calls a function on rank 0 alone: its result there, None elsewhere; its ValueError on every rank."""

@@ -1,5 +1,7 @@
 """Who am I among the ranks, and how they are started: by the deepspeed launcher, torchrun, srun, or alone."""
 
+import base64
+import json
 import os
 import re
 import secrets
@@ -121,12 +123,16 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
     from dsvlm.train.rundir import lock_run
 
     pending = install_handlers()
-    lock_run(run_dir).close()  # said before ranks take a minute to start; rank 0 holds the lock for as long as they run
     use_cpu_without_gpu()
     environ = dict(os.environ)
+    world = {"localhost": devices_of(nproc, environ)}
+    lock_run(run_dir).close()  # said before ranks take a minute to start; rank 0 holds the lock for as long as they run
     environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # Not its `runner`, which would start ranks on the hosts of /job/hostfile too, take other GPUs than those of
+    # CUDA_VISIBLE_DEVICES, and end with code 0 when the launcher itself is killed (deepspeed 0.19.8).
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc), "--master_addr", "127.0.0.1",
+        sys.executable, "-m", "deepspeed.launcher.launch", "--world_info",
+        base64.urlsafe_b64encode(json.dumps(world).encode()).decode(), "--master_addr", "127.0.0.1",
         "--master_port", str(free_port()), "--log_level", "error", "--module", "dsvlm", *arguments,
     ]  # fmt: skip
     token = environ[LAUNCHED] = secrets.token_hex(8)
@@ -136,15 +142,34 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
     def stop(number: int, frame) -> None:
         if number == signal.SIGINT and stop_file(run_dir, token).exists():
             os.killpg(child.pid, signal.SIGKILL)  # the second Ctrl-C means now
-        request_stop(run_dir, token)
+        try:
+            request_stop(run_dir, token)
+        except OSError:  # no room or quota for a file: by signal, which leaves ranks 30 seconds to save
+            os.killpg(child.pid, signal.SIGTERM)
         print("dsvlm: stopping: the ranks save after the present update", file=sys.stderr)
 
     for number in SIGNALS:
         signal.signal(number, stop)
     if pending.signal is not None:
-        request_stop(run_dir, token)  # it came before there was a rank to ask
+        stop(pending.signal, None)  # it came before there was a rank to ask
     try:
         code = child.wait()
         return code if code >= 0 else 128 - code  # as shells tell a death by signal
     finally:
         clear_stop(run_dir, token)
+
+
+def devices_of(nproc: int, environ: Mapping[str, str]) -> list[str]:
+    """The GPU of each rank, as CUDA_VISIBLE_DEVICES calls it; ValueError when there are fewer. On CPUs, numbers."""
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        return [str(rank) for rank in range(nproc)]
+    import torch
+
+    count, visible = torch.cuda.device_count(), environ.get("CUDA_VISIBLE_DEVICES")
+    if nproc > count:
+        those = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+        raise ValueError(
+            f"--nproc {nproc}: {count} GPUs are there{those}, one for each rank; lower it, or set DS_ACCELERATOR=cpu"
+        )
+    names = [str(gpu) for gpu in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
+    return names[:nproc]

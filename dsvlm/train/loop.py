@@ -17,9 +17,9 @@ from dsvlm.schedule.digest import combine, digest, fingerprint, mark
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, hash_of, head_indexes, make_loader, manifest_record, plan_run
 from dsvlm.train.checkpoint import RunState, load_optimizer, load_weights, save_checkpoint
-from dsvlm.train.engine import forget_gradients, make_engine, read_ds_config
+from dsvlm.train.engine import check_zero, forget_gradients, make_engine, read_ds_config
 from dsvlm.train.experts import share_experts
-from dsvlm.train.guard import Guard, code_version
+from dsvlm.train.guard import Guard, SharedError, code_version
 from dsvlm.train.launch import find_ranks, init_distributed
 from dsvlm.train.lengths import lengths_record, make_run_lengths, open_lengths
 from dsvlm.train.metrics import Metrics
@@ -27,7 +27,7 @@ from dsvlm.train.optim import lr_factor, set_lr
 from dsvlm.train.preempt import LAUNCHED, StopFlag, clear_stop, install_handlers, mark_requeue, stop_requested
 from dsvlm.train.pretrained import begin_model
 from dsvlm.train.routing import layer_names, routing_row
-from dsvlm.train.rundir import lock_run, open_run, prepare_run, run_decoder
+from dsvlm.train.rundir import lock_run, open_run, prepare_run, read_run, run_decoder
 from dsvlm.train.window import WindowSums, run_window, target_weights, teaching
 
 BAD_BEFORE_STOP = 10  # masked samples that a share above data.max_bad_share must amount to
@@ -96,6 +96,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     recipe, rank, world_size = planned.recipe, dist.get_rank(), dist.get_world_size()
     # Before anything is written or shared: the ranks agree on what they are about to train, and how.
     guard.same(start_record(planned))
+    guard.together(check_zero, recipe)
     guard.first(prepare_run, planned, world_size)
     codec, checkpoint = guard.together(open_run, planned)
     decoder = guard.together(run_decoder, planned)
@@ -105,7 +106,8 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     })  # fmt: skip
     guard.first(make_run_lengths, planned, codec)
     guard.same(lengths_record(guard.together(open_lengths, planned, codec)))
-    model = guard.together(begin_model, recipe, codec, checkpoint is None)
+    pretrained = guard.together(read_run, recipe.run_dir).get("pretrained", {})
+    model = guard.together(begin_model, recipe, codec, checkpoint is None, pretrained)
     image_size = model.config.vision_settings["image_size"]
     loader = guard.together(make_loader, planned, codec, image_size, rank, world_size, decoder)
     manifests = hash_of(manifest_record(planned.manifests))
@@ -126,12 +128,12 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
         ema = Ema(engine, recipe.optim.ema)
     if checkpoint is not None:
         if not create_optimizer_state(engine, loader, recipe):
-            raise ValueError(
+            raise SharedError(
                 f"checkpoint {checkpoint}: its weights give gradients that are no numbers: the run has diverged. Begin "
                 "another one with a lower optim.lr or a smaller optim.clip, or remove the checkpoint to go on from the "
                 "one before it"
             )
-        load_optimizer(engine, ema, checkpoint, state.applied)
+        guard.together(load_optimizer, engine, ema, checkpoint, state.applied)
     metrics = guard.together(
         Metrics, recipe.run_dir, rank, state.step, recipe.schedule.steps, recipe.train.log_every
     )
@@ -159,7 +161,11 @@ def resumed_state(checkpoint: Path, fresh: RunState) -> RunState:
     from dsvlm.train.checkpoint import read_state
 
     saved = read_state(checkpoint)
-    assert saved.identity == fresh.identity, "prepare_run lets only the same run go on"
+    if saved.identity != fresh.identity:
+        raise ValueError(  # `prepare_run` has told in which fields, but where run.json is gone
+            f"checkpoint {checkpoint}: it is of another run than this recipe's; restore the recipe and "
+            f"{checkpoint.parents[1] / 'run.json'}, or set output to another directory"
+        )
     return replace(
         fresh, step=saved.step, bad=saved.bad, seen=saved.seen, controller=saved.controller, skipped=saved.skipped
     )
@@ -193,7 +199,7 @@ def train_steps(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    run.metrics.flush()
+    run.guard.first(run.metrics.flush)
     if run.planned.plan.control is not None:
         run.state = replace(run.state, controller=run.planned.plan.control.pack())
     save_checkpoint(run.engine, run.guard, run.ema, run.recipe.run_dir, run.state, run.recipe.train.keep)
@@ -202,7 +208,7 @@ def save(run: Run) -> None:
 def train_step(run: Run) -> bool:
     """One update. Returns True, with nothing done, when a rank has been asked to stop."""
     recipe, step, clock = run.recipe, run.state.step, Clock()
-    window, error = None, None
+    window, error = None, run.metrics.error
     try:
         window = run.loader.window(step)
     except (ValueError, OSError) as caught:
@@ -221,7 +227,7 @@ def train_step(run: Run) -> bool:
         return True
     counts, groups = np.split(counts, [len(recipe.tasks)])
     if not counts.sum():
-        raise ValueError(f"step {step}: none of the window's samples has anything to predict; see journal.jsonl")
+        raise SharedError(f"step {step}: none of the window's samples has anything to predict; see journal.jsonl")
     weights = target_weights(counts, own, head_indexes(recipe), recipe.schedule.normalise)
     lr = set_lr(run.engine.optimizer, lr_factor(step, recipe.schedule.steps, recipe.optim))
     batches = clock.timed(run.loader.batches(window, weights))
@@ -283,8 +289,8 @@ def report(run: Run, window: LoadedWindow, weights, sums: WindowSums, row: dict,
         entries = run.guard.gather(events + run.loader.journal(window))
         run.metrics.journal(entry for part in entries for entry in part)
     if state.bad >= BAD_BEFORE_STOP and state.bad > run.recipe.data.max_bad_share * state.seen:
-        run.metrics.flush()
-        raise ValueError(
+        run.guard.first(run.metrics.flush)
+        raise SharedError(
             f"step {window.step}: {state.bad} of {state.seen} samples could not be used, more than data.max_bad_share "
             f"({run.recipe.data.max_bad_share}); {run.recipe.run_dir / 'journal.jsonl'} names each with its reason. "
             "Mend the shards (dsvlm data verify), or raise the share"

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsvlm.data.files import write_file
@@ -13,10 +14,13 @@ class Metrics:
 
     start: updates done before this start. Lines of later updates, left by a start that was interrupted after its last
     checkpoint, are cut off, so that the files always tell one uninterrupted run.
+
+    error: why something could not be written, for all ranks to end with; this one alone would leave the others waiting.
     """
 
     def __init__(self, run_dir: Path, rank: int, start: int, steps: int, log_every: int):
-        self.on, self.log_every = rank == 0, log_every
+        self.on, self.log_every, self.run_dir = rank == 0, log_every, run_dir
+        self.error: str | None = None
         if not self.on:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -31,52 +35,74 @@ class Metrics:
         """row: as in metrics.jsonl; nested dicts become TensorBoard groups."""
         if not self.on:
             return
-        self.lines.write(json.dumps(row) + "\n")
         self.bar.update()
+        with self.noted("metrics.jsonl"):
+            self.lines.write(json.dumps(row) + "\n")
+            if row["step"] % self.log_every == 0:
+                self.lines.flush()
         if row["step"] % self.log_every == 0:
-            self.lines.flush()
             self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s", refresh=False)
-            for name, value in row.items():
-                for sub, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    if isinstance(number, (int, float)) and name != "step":
-                        self.board.add_scalar(f"{name}/{sub}" if sub else name, number, row["step"])
+            with self.noted("tensorboard"):
+                self.draw(row)
+
+    def draw(self, row: dict) -> None:
+        for name, value in row.items():
+            for sub, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if isinstance(number, (int, float)) and name != "step":
+                    self.board.add_scalar(f"{name}/{sub}" if sub else name, number, row["step"])
 
     def journal(self, entries: Iterable[dict]) -> None:
         """Samples that were masked instead of trained on."""
         if self.on:
-            for entry in entries:
-                self.journal_lines.write(json.dumps(entry) + "\n")
-            self.journal_lines.flush()
+            with self.noted("journal.jsonl"):
+                for entry in entries:
+                    self.journal_lines.write(json.dumps(entry) + "\n")
+                self.journal_lines.flush()
 
     def flush(self) -> None:
+        """Has everything written that was told; OSError when it could not be."""
         if self.on:
-            self.lines.flush()
-            self.board.flush()
+            with self.noted("metrics.jsonl"):
+                self.lines.flush()
+            with self.noted("tensorboard"):
+                self.board.flush()
+            if self.error:
+                raise OSError(self.error)
 
     def close(self) -> None:
+        """What matters has been flushed by now, or the run ends with the reason why it was not."""
         if self.on:
-            self.bar.close()
-            self.board.close()
-            self.lines.close()
-            self.journal_lines.close()
+            for file in (self.bar, self.board, self.lines, self.journal_lines):
+                with suppress(OSError):
+                    file.close()
+
+    @contextmanager
+    def noted(self, name: str):
+        try:
+            yield
+        except OSError as error:
+            what = f"{self.run_dir / name} cannot be written: {error.strerror or error}"
+            self.error = self.error or f"{what}; make room, or move the run directory"
 
 
 def reopen(path: Path, start: int):
     """Opens a file of JSON lines for appending after its lines of steps below `start`."""
-    kept = [line for line in read_lines(path) if line["step"] < start]
+    kept = [line for line in read_lines(path) if line.get("step", start) < start]
     write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return path.open("a")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The complete lines of a file of JSON lines; none when there is no file."""
+    """The whole lines of a file of JSON lines; none when there is no file.
+
+    A kill cuts the last one off, and a disk may damage any: they are left out, for the others tell of the run alone.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
-            break  # a line cut off by a kill
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows

@@ -3,29 +3,39 @@
 They are part of a run by what is in them, wherever they lie.
 """
 
+import json
 from pathlib import Path
 
-from dsvlm.config import Recipe
+from dsvlm.config import Recipe, read_raw
 from dsvlm.data.checksum import crc32
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.train.build import make_model
 from dsvlm.train.checkpoint import complete_checkpoints, is_complete, read_tensors
 
 PIECE = 2**24  # bytes read at a time
+START, EARLIER = "model.start_from", " of its start"  # fields of run.json
 
 
-def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
+def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True, record: dict | None = None):
     """The recipe's model as its run begins: `make_model`, then the weights of `model.start_from`.
 
+    record: what run.json says that the run began with (`contents`), default: whatever is there now.
     Raises ValueError when they are of another vocabulary, or one of them has no place in the model.
     """
-    checkpoint = start_checkpoint(recipe)
-    model = make_model(recipe, codec, trains and checkpoint is None)  # what is frozen now may have been trained before
-    if checkpoint is None:
+    starts = list(start_checkpoints(recipe.model.start_from, record).values())
+    model = make_model(recipe, codec, trains and not starts)  # what is frozen now may have been trained before
+    if not starts:
         return model
-    tokenizer = checkpoint.parents[1] / "tokenizer"
+    tokenizer = starts[0].parents[1] / "tokenizer"
     if not tokenizer.is_dir() or load_tokenizer(tokenizer, recipe.text.bins).hash() != codec.hash():
-        raise ValueError(f"model.start_from: it has another vocabulary than this run; set text.tokenizer: {tokenizer}")
+        raise ValueError(f"{START}: it has another vocabulary than this run; set text.tokenizer: {tokenizer}")
+    for checkpoint in reversed(starts):
+        put_weights(model, checkpoint)
+    return model
+
+
+def put_weights(model, checkpoint: Path) -> None:
+    """Puts an earlier run's trained weights into a model, which must have a place for each."""
     # What LoRA has wrapped since goes by its old name.
     places = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
     for name, tensor in read_tensors(checkpoint, "weights"):
@@ -37,14 +47,42 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
                 "must have all that was trained there (tasks with heads, experts, adapters and sizes alike)"
             )
         place.data.copy_(tensor)
-    return model
 
 
-def start_checkpoint(recipe: Recipe) -> Path | None:
+def start_checkpoints(start_from: str | None, record: dict | None = None) -> dict[str, Path]:
+    """The checkpoint to begin with, by its field; then, as that holds but what its run trained, those before it.
+
+    record: as of `begin_model`. Runs of versions that knew the first one alone go on with that.
+    """
+    first = start_checkpoint(start_from)
+    if first is None:
+        return {}
+    if record is not None and START + EARLIER not in record:
+        return {START: first}
+    return {START: first} | {field + EARLIER: path for field, path in starts_before(first.parents[1]).items()}
+
+
+def starts_before(run_dir: Path) -> dict[str, Path]:
+    """The checkpoints that an earlier run began with, where it has trained a part of its model alone."""
+    model = read_raw(run_dir / "recipe.yaml")["model"]
+    if model.get("start_from") is None or not (model["freeze"] or model["lora"]):
+        return {}
+    record = json.loads((run_dir / "run.json").read_text()).get("pretrained", {})
+    found = start_checkpoints(model["start_from"], record)
+    for field, checkpoint in found.items():
+        if record.get(field) != crcs([checkpoint / "COMPLETE.json"]):
+            raise ValueError(
+                f"{START}: {run_dir} froze a part of what it began with, which is not in {checkpoint} any more: give "
+                f"that run, as it was then, in {run_dir / 'recipe.yaml'}"
+            )
+    return found
+
+
+def start_checkpoint(start_from: str | None) -> Path | None:
     """The checkpoint of an earlier run to begin with: one that is given, or the newest of a run that is."""
-    if recipe.model.start_from is None:
+    if start_from is None:
         return None
-    given = Path(recipe.model.start_from).resolve()
+    given = Path(start_from).resolve()
     found = [given] if is_complete(given) else complete_checkpoints(given)
     if not found:
         raise ValueError(
@@ -62,16 +100,20 @@ def check_places(recipe: Recipe) -> None:
                 f"{field}: {directory} holds no config.json: give the local directory of a downloaded Hugging Face "
                 "checkpoint; of a run that has been moved, RUN/recipe.yaml has the field"
             )
-    start_checkpoint(recipe)
+    start_checkpoint(recipe.model.start_from)
 
 
-def contents(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """crc32 of the files that decide what the model begins with, by the recipe's field."""
+def contents(recipe: Recipe, record: dict | None = None) -> dict[str, dict[str, str]]:
+    """crc32 of the files that decide what the model begins with, by the recipe's field; record: as of `begin_model`."""
     check_places(recipe)
     files = {field: weights_of(directory) for field, directory in places(recipe).items()}
-    if checkpoint := start_checkpoint(recipe):
-        files["model.start_from"] = [checkpoint / "COMPLETE.json"]  # which has the sha256 of the others
-    return {field: {path.name: f"{crc_of(path):08x}" for path in paths} for field, paths in files.items()}
+    for field, checkpoint in start_checkpoints(recipe.model.start_from, record).items():
+        files[field] = [checkpoint / "COMPLETE.json"]  # which has the sha256 of the others
+    return {field: crcs(paths) for field, paths in files.items()}
+
+
+def crcs(paths: list[Path]) -> dict[str, str]:
+    return {path.name: f"{crc_of(path):08x}" for path in paths}
 
 
 def check_contents(recipe: Recipe, record: dict[str, dict[str, str]] | None) -> dict[str, dict[str, str]]:
@@ -79,7 +121,7 @@ def check_contents(recipe: Recipe, record: dict[str, dict[str, str]] | None) -> 
 
     Frozen weights are in no checkpoint of the run: with others it would be another run, without a word.
     """
-    found = contents(recipe)
+    found = contents(recipe, record)
     for field, files in found.items() if record is not None else ():
         known = record.get(field, {})
         changed = sorted(name for name in known | files if known.get(name) != files.get(name))

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import yaml
 
-from dsvlm.config import BY_CONTENT, LOCAL_FILES, Recipe, parse_recipe
+from dsvlm.config import BY_CONTENT, LOCAL_FILES, Recipe, parse_recipe, read_raw
+from dsvlm.config_checks import check_room
 from dsvlm.data.files import write_file
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.data.transforms import check_decoder, resolve_decoder
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, make_tokenizer, manifest_record
 from dsvlm.train.checkpoint import complete_checkpoints
-from dsvlm.train.pretrained import check_contents, check_places
+from dsvlm.train.pretrained import check_contents, check_places, crcs
+
+KEPT = {"recipe", "manifests", "format"}  # what run.json has always held
 
 
 def lock_run(run_dir: Path):
@@ -29,7 +32,8 @@ def lock_run(run_dir: Path):
     except BlockingIOError:
         lock.close()
         raise ValueError(
-            f"output: another training is running in {run_dir}; wait for its end, or set output to another directory"
+            f"output: another training is running in {run_dir}; wait for its end, ask it to save and end (touch "
+            f"{run_dir}/STOP), or set output to another directory"
         ) from None
     except OSError:
         pass  # a file system without locks: nothing can be known about other trainings
@@ -47,18 +51,23 @@ def prepare_run(planned: Planned, ranks: int = 1) -> None:
         check_same_run(planned)
         check_same_ranks(recipe, ranks)
         check_same_tokenizer(recipe)
+    check_new_run(recipe)
     decoder = run_decoder(planned)
-    pretrained = check_contents(recipe, read_run(run_dir).get("pretrained") if begun else None)
+    saved = read_run(run_dir) if begun else {}
+    pretrained, tokenizer = check_contents(recipe, saved.get("pretrained") if begun else None), saved.get("tokenizer")
     if not begun:
         codec = make_tokenizer(planned)
         shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # of a start that failed before its first update
         save_tokenizer(codec, recipe.text.tokenizer, run_dir / "tokenizer")
+        tokenizer = crcs(sorted((run_dir / "tokenizer").iterdir()))
     # At every start: execution settings, such as where shards lie and are evaluated, may have changed.
     write_file(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
     # Last: a directory without run.json is one that was never started.
     record = identity_of(planned) | {"decoder": decoder}
     if pretrained:
         record["pretrained"] = pretrained
+    if tokenizer:  # runs of older versions do not say it
+        record["tokenizer"] = tokenizer
     if units_couple(recipe):
         record["ranks"] = ranks
     write_file(run_dir / "run.json", json.dumps(record, indent=1, sort_keys=True).encode())
@@ -96,8 +105,11 @@ def read_run(run_dir: Path) -> dict:
         record = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         record = error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object; restore it, or set output to another directory")
+    if not isinstance(record, dict) or path.exists() and not record.keys() >= KEPT:
+        raise ValueError(
+            f"{path} is damaged: it holds no JSON object with {', '.join(sorted(KEPT))}; restore it, or set output to "
+            "another directory"
+        )
     return record
 
 
@@ -161,8 +173,15 @@ def check_same_tokenizer(recipe: Recipe) -> None:
 def check_start(planned: Planned) -> None:
     """What can be said before ranks start: ValueError when a checkpoint is missing or the run that is there differs."""
     check_places(planned.recipe)
+    check_new_run(planned.recipe)
     if has_begun(planned.recipe.run_dir):
         check_same_run(planned)
+
+
+def check_new_run(recipe: Recipe) -> None:
+    """What is asked of a recipe whose run has not begun, beside what is asked of every one."""
+    if not has_begun(recipe.run_dir):
+        check_room(recipe)
 
 
 def check_same_run(planned: Planned) -> None:
@@ -206,9 +225,13 @@ def open_run(planned: Planned) -> tuple[TextCodec, Path | None]:
 
 
 def load_own_tokenizer(run_dir: Path, bins: int) -> TextCodec:
-    """The run's copy of its tokenizer; ValueError when it is gone."""
+    """The run's copy of its tokenizer; ValueError when it is gone, or is not what was written."""
     if not (run_dir / "tokenizer").is_dir():
         raise ValueError(f"{run_dir}/tokenizer is gone, and with it the run's vocabulary; restore it from a copy")
+    for name, crc in read_run(run_dir).get("tokenizer", {}).items():
+        path = run_dir / "tokenizer" / name
+        if not path.is_file() or crcs([path])[name] != crc:
+            raise ValueError(f"{path} is not the file that the run began with; restore it from a copy")
     return load_tokenizer(run_dir / "tokenizer", bins)
 
 
@@ -217,4 +240,4 @@ def read_recipe(run_dir: Path) -> Recipe:
     path = Path(run_dir) / "recipe.yaml"
     if not path.exists():
         raise ValueError(f"{run_dir} is not a run: it has no recipe.yaml; give the directory that dsvlm train wrote")
-    return parse_recipe(yaml.safe_load(path.read_text()) | {"output": str(run_dir)})
+    return parse_recipe(read_raw(path) | {"output": str(run_dir)})

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dsvlm.model.moe_parallel import share_of
 from dsvlm.train import build, checkpoint
 from dsvlm.train.ema import Ema
-from dsvlm.train.engine import make_engine
+from dsvlm.train.engine import check_zero, make_engine
 from dsvlm.train.experts import share_experts
 from dsvlm.train.fragments import STATES, fragment, gather, trainable
 from dsvlm.train.guard import Guard
@@ -226,6 +226,30 @@ def disagree(record: dict, other: dict, rank: int, hosts: tuple[str, ...] = ()) 
     except ValueError as error:
         return str(error)
     return ""
+
+
+def error_of_settings(recipe) -> str:
+    """What is said of a JSON that DeepSpeed would not take."""
+    try:
+        check_zero(recipe)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def teller(rank: int) -> bool:
+    """Whether this rank is the one that tells the error of one of them."""
+
+    def fail():
+        if dist.get_rank() == rank:
+            raise OSError("broken")
+
+    try:
+        Guard(20).together(fail)
+    except ValueError as error:
+        assert str(error) == f"rank {rank}: broken"
+        return not error.told
+    return False
 
 
 def enter_window_error(rank: int, hosts: tuple[str, ...] = ()) -> str:

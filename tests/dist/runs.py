@@ -44,6 +44,24 @@ def warnings_of(recipe, stop: int, poisoned: Sequence[int]) -> list[str]:
     return [str(warning.message) for warning in told if "skipped" in str(warning.message)]
 
 
+def error_of_a_full_disk(recipe, step: int) -> str:
+    """The error of a training whose metrics cannot be written any more."""
+    run = build_run(plan_run(recipe), Guard(60), StopFlag(), torch.device("cpu"))
+    try:
+        while True:
+            if run.metrics.on and run.state.step == step:
+                run.metrics.lines = open("/dev/full", "w")
+            train_step(run)
+            if run.state.step == recipe.schedule.steps:
+                save(run)
+    except ValueError as error:
+        return str(error)
+    finally:
+        run.metrics.close()
+        run.loader.close()
+        run.engine.destroy()
+
+
 def error_from_bad_weights(recipe) -> str:
     """The error of going on from a checkpoint whose weights are NaN."""
     load = loop.load_weights

@@ -67,6 +67,18 @@ def test_two_levels_agree(pools, hosts):
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("step", [1, 2])  # within the run, and at its last update, before it is saved
+def test_a_disk_that_is_full_ends_all_ranks(pools, data_root, tmp_path, step):
+    recipe = tiny(data_root, output=str(tmp_path / "run"), schedule__steps=3, train__log_every=1)
+    for message in pools(2).run("error_of_a_full_disk", recipe=recipe, step=step):
+        assert "run/metrics.jsonl cannot be written: No space left on device; make room" in message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_all_ranks_raise_one_of_them_tells(pools, rank):
+    assert pools(2).run("teller", rank=rank) == [True, False]
+
+
 @pytest.mark.parametrize("hosts", [("a", "a", "a"), ("a", "a", "b")])
 def test_one_rank_cannot_read(pools, hosts):
     messages = pools(3).run("enter_window_error", rank=1, hosts=hosts)

@@ -69,6 +69,19 @@ def test_configurations_that_would_train_or_save_something_else(data_root, tmp_p
         read_ds_config(recipe)
 
 
+@pytest.mark.parametrize("settings, words", [
+    ({"mics_shard_size": 2}, "mics_shard_size to 2: Extra inputs are not permitted"),
+    ({"offload_optimizer": {"device": "gpu"}}, "offload_optimizer.device to 'gpu': Input should be"), ({}, ""),
+])  # fmt: skip
+def test_what_deepspeed_does_not_take_is_told_in_one_line(pools, data_root, tmp_path, settings, words):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1} | settings}))
+    recipe = tiny(data_root, train__zero=1, train__ds_config=str(path))
+    (told,) = pools(1).run("error_of_settings", recipe=recipe)
+    assert told.startswith(f"train.ds_config: {path} sets zero_optimization.{words}" if words else "")
+    assert bool(told) == bool(words) and "\n" not in told
+
+
 def test_stale_gradients_without_the_dummy_image(pools, data_root, single):
     """The measured ZeRO-3 trap: a text task first in the window, and last window's vision gradients are added again."""
     recipe = tiny(data_root, train__zero=3, **TEXT_FIRST)

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 from dataclasses import asdict, replace
 
@@ -76,6 +77,17 @@ def test_latest_complete_one_is_last(tmp_path):
     written = [write_checkpoint(tmp_path, step) for step in (8, 24, 16, 100_000_000)]
     assert complete_checkpoints(tmp_path) == [written[i] for i in (0, 2, 1, 3)]
     assert read_state(written[0]) == STATE
+
+
+def test_copies_by_other_names_are_no_part_of_the_run(tmp_path):
+    """They sort behind the newest: the run would go on from them, be evaluated by them, and take them away."""
+    written = [write_checkpoint(tmp_path, step) for step in (8, 16, 24)]
+    for name in ("step_best", "step_00000008.bak"):
+        shutil.copytree(written[0], written[0].with_name(name))
+    assert complete_checkpoints(tmp_path) == written
+    remove_old(tmp_path, keep=1)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000008.bak", "step_00000024", "step_best"]
 
 
 @pytest.mark.parametrize("steps, phases, limit", [(10**12, 0, 400), (10**7, 1, 1024), (10**6, 20, 1024)])

@@ -16,6 +16,7 @@ def read(path, zero: int = 2) -> dict:
 @pytest.mark.parametrize("text, words", [
     ('{"communication_data_type": "bf16"}', ["'communication_data_type'", "the recipe decides"]),
     ('{"seq_parallel_communication_data_type": "bf16"}', ["'seq_parallel_communication_data_type'"]),
+    ('{"zero_force_ds_cpu_optimizer": true}', ["'zero_force_ds_cpu_optimizer'", "the recipe decides"]),
     ('{"torch_autocast": {"enabled": true}}', ["'torch_autocast'", "the recipe decides"]),
     ('{"amp": {"enabled": true}}', ["'amp'", "the recipe decides"]),
     ('{"gradient_allreduce_op": "sum"}', ["'gradient_allreduce_op'", "the recipe decides"]),
@@ -44,7 +45,8 @@ def test_shipped_ones_pass(path):
     assert read(path, int(path.stem[4]))
 
 
-def test_how_to_compute_is_left_to_the_file(tmp_path):
-    path, settings = tmp_path / "ours.json", {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}
+@pytest.mark.parametrize("more", [{"wall_clock_breakdown": True}, {"zero_force_ds_cpu_optimizer": False}])
+def test_how_to_compute_is_left_to_the_file(tmp_path, more):
+    path, settings = tmp_path / "ours.json", {"zero_optimization": {"stage": 2}} | more
     path.write_text(json.dumps(settings))
     assert read(path) == settings

@@ -14,7 +14,8 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
-from dsvlm.train.rundir import open_run, prepare_run, run_decoder
+from dsvlm.train.metrics import reopen
+from dsvlm.train.rundir import check_start, identity_of, open_run, prepare_run, read_recipe, run_decoder
 from tests.dist.recipes import tiny
 
 TASKS = {
@@ -173,9 +174,56 @@ def test_a_start_that_failed_before_its_first_update_may_be_corrected(root, tmp_
     corrected = plan_run(tiny(root, tasks=TASKS, output=output, optim__lr=0.5))
     prepare_run(corrected)
     assert open_run(corrected)[0].hash() == make_tokenizer(corrected).hash()
-    (tmp_path / "run/run.json").write_text("")
-    with pytest.raises(ValueError, match="run.json is damaged"):
-        prepare_run(corrected)
+    for text in ("", "{}"):
+        (tmp_path / "run/run.json").write_text(text)
+        with pytest.raises(ValueError, match="run.json is damaged"):
+            prepare_run(corrected)
+
+
+def test_a_vocabulary_that_was_changed_is_refused(root, tmp_path):
+    """One that Transformers still reads would split every text in another way, without a word."""
+    planned = plan_run(tiny(root, tasks=TASKS, output=str(tmp_path / "run")))
+    prepare_run(planned)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
+    prepare_run(planned)
+    path = tmp_path / "run/tokenizer/tokenizer.json"
+    whole = path.read_text()
+    path.write_text(whole.replace("-", "-1", 1))
+    with pytest.raises(ValueError, match="tokenizer.json is not the file that the run began with"):
+        open_run(planned)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    del record["tokenizer"]  # runs of older versions do not say it
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    prepare_run(planned)
+    open_run(planned)
+    path.write_text(whole[:100])
+    with pytest.raises(ValueError, match="^text.tokenizer: .*run/tokenizer cannot be read: [^\n]*$"):
+        open_run(planned)
+
+
+def test_lines_that_are_damaged_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n\xff\xfe\n{}\n[]\n{"step": 2}\n{"step": 3}\n{"st')
+    with reopen(path, 3) as lines:
+        lines.write("more\n")
+    assert path.read_text() == '{"step": 0}\n{"step": 2}\nmore\n'
+
+
+def test_runs_of_versions_that_did_not_count_positions_go_on(root, tmp_path):
+    """A new run needs a place for each token; one that has begun is gone on with and evaluated as it is."""
+    recipe = tiny(root, tasks=TASKS, output=str(tmp_path / "run"), text__max_length=100)
+    for starts in (prepare_run, check_start):
+        with pytest.raises(ValueError, match="text.max_length: 100 tokens after 5 image tokens are more than"):
+            starts(plan_run(recipe))
+    prepare_run(plan_run(tiny(root, tasks=TASKS, output=str(tmp_path / "run"))))
+    (tmp_path / "run/run.json").write_text(json.dumps(identity_of(plan_run(recipe))))
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
+    check_start(plan_run(recipe))
+    prepare_run(plan_run(recipe))
+    assert read_recipe(tmp_path / "run") == recipe
+    (tmp_path / "run/recipe.yaml").write_text("name: [")
+    with pytest.raises(ValueError, match="recipe .*recipe.yaml: not valid YAML"):
+        read_recipe(tmp_path / "run")
 
 
 def test_a_label_that_no_head_knows_is_masked(root):

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from dsvlm.train.launch import VARIABLES, Ranks, find_ranks
+from dsvlm import cli
+from dsvlm.train.launch import VARIABLES, Ranks, devices_of, find_ranks
 
 COMPLETE = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
@@ -50,3 +51,26 @@ def test_what_is_not_a_number_is_shown(name, value):
 def test_rank_outside_the_world():
     with pytest.raises(ValueError, match="RANK=4 must be less than WORLD_SIZE=4"):
         find_ranks(COMPLETE | {"RANK": "4"})
+
+
+def test_ranks_take_the_gpus_that_are_theirs(monkeypatch):
+    """Those of CUDA_VISIBLE_DEVICES, by whatever name: on a shared machine the first ones are somebody else's."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert devices_of(2, {}) == ["0", "1"]
+    assert devices_of(2, {"CUDA_VISIBLE_DEVICES": "4,GPU-5e, 7"}) == ["4", "GPU-5e"]
+    assert devices_of(4, {"CUDA_VISIBLE_DEVICES": "4", "DS_ACCELERATOR": "cpu"}) == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match=r"--nproc 4: 3 GPUs are there \(CUDA_VISIBLE_DEVICES=4,5,6\).*lower it"):
+        devices_of(4, {"CUDA_VISIBLE_DEVICES": "4,5,6"})
+
+
+@pytest.mark.parametrize("told, words", [(False, "dsvlm: error: the disk is full\n"), (True, "")])
+def test_what_rank_0_tells_the_others_leave_to_it(monkeypatch, capsys, told, words):
+    error = ValueError("the disk is full")
+    error.told = told
+
+    def fail(name, overrides):
+        raise error
+
+    monkeypatch.setattr("dsvlm.config.load_recipe", fail)
+    assert cli.run(["train", "quickstart"]) == 2
+    assert capsys.readouterr().err == words

@@ -108,6 +108,20 @@ def test_ctrl_c_on_a_launch_asks_its_own_ranks_only(handlers, tmp_path, monkeypa
     assert (run_dir / "STOP").exists(), "it belongs to the training that runs there, whose ranks take it away"
 
 
+def test_a_launch_that_cannot_write_asks_by_signal(handlers, tmp_path, monkeypatch):
+    """Ended by an error instead, it would leave ranks behind that nobody waits for."""
+    sent = []
+
+    def full(run_dir, token):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(launching.subprocess, "Popen", Ranks(tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setattr(launching, "request_stop", full)
+    monkeypatch.setattr(launching.os, "killpg", lambda *args: sent.append(args))
+    assert launching.launch(["train", "quickstart"], 2, tmp_path) == 0
+    assert sent == [(0, signal.SIGTERM)]
+
+
 def test_second_launch_into_a_run_is_refused_and_touches_nothing(handlers, tmp_path, monkeypatch):
     monkeypatch.setattr(launching.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("ranks were started"))
     request_stop(tmp_path)  # as the first training would find it

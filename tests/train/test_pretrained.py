@@ -18,7 +18,7 @@ from dsvlm.eval.load import load_run
 from dsvlm.train.build import make_model, make_tokenizer, plan_run
 from dsvlm.train.checkpoint import RunState, directory_of, entry_of
 from dsvlm.train.pretrained import begin_model
-from dsvlm.train.rundir import check_start, open_run, prepare_run
+from dsvlm.train.rundir import check_start, open_run, prepare_run, read_run
 from tests.dist.recipes import DECODERS, RAW, VISION
 
 TASKS = {"question": {"type": "vqa", "shards": "train/question", "samples": 6}}
@@ -199,6 +199,31 @@ def test_a_second_stage_with_the_adapters_of_the_first(root, tmp_path, monkeypat
     second = stage_of(root, tmp_path / "second", "step_00000001", **lora)
     model = dict(begin_model(second, load_tokenizer(root / "tokenizer", second.text.bins)).named_parameters())
     assert all(torch.equal(model[name].data, tensor) for name, tensor in trained.items())
+
+
+def test_a_third_stage_begins_with_what_the_second_froze(root, tmp_path):
+    """The second one's checkpoints do not hold it: it is in those of the first."""
+    first = stage_of(root, tmp_path / "first", None, freeze=["^vision", "^decoder"])
+    connector = save_weights(first)
+    second = stage_of(root, tmp_path / "second", first.run_dir, freeze=["^vision", "^connector"])
+    trained = save_weights(second, "q_proj", seed=4)
+    third = stage_of(root, tmp_path / "third", second.run_dir)
+    codec = load_tokenizer(root / "tokenizer", third.text.bins)
+    for name, parameter in begin_model(third, codec).named_parameters():
+        assert (name not in connector | trained) or torch.equal(parameter.data, (connector | trained)[name]), name
+    begin(third)
+    record = read_run(third.run_dir)["pretrained"]
+    assert record["model.start_from"] != record["model.start_from of its start"]
+    del record["model.start_from of its start"]  # as versions that knew the second alone began: it stays so
+    model = dict(begin_model(third, codec, record=record).named_parameters())
+    assert not any(torch.equal(model[name].data, connector[name]) for name in connector if name.endswith("weight"))
+    (third.run_dir / "run.json").write_text(json.dumps(read_run(third.run_dir) | {"pretrained": record}))
+    prepare_run(plan_run(third))
+    assert read_run(third.run_dir)["pretrained"] == record
+    shutil.rmtree(first.run_dir)
+    save_weights(first, seed=5)
+    with pytest.raises(ValueError, match="second froze a part of what it began with, which is not in .*first/check"):
+        begin(stage_of(root, tmp_path / "fourth", second.run_dir))
 
 
 def test_a_start_that_does_not_fit_is_refused(root, tmp_path):
