@@ -14,7 +14,8 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
-from dsvlm.train.rundir import open_run, prepare_run, run_decoder
+from dsvlm.train.checkpoint import RunState, begin, directory_of, finish
+from dsvlm.train.rundir import check_start, open_run, prepare_run, read_recipe, run_decoder
 from tests.dist.recipes import tiny
 
 TASKS = {
@@ -164,6 +165,23 @@ def test_a_run_is_not_gone_on_with_other_data_or_another_recipe(root, tmp_path):
     shutil.move(root / "new/train", root / "train")
     with pytest.raises(ValueError, match="manifest of task locate.*restore the data.root"):
         prepare_run(plan_run(tiny(root, tasks=TASKS, output=output)))
+
+
+def test_a_run_is_not_gone_on_with_its_tasks_in_another_order(root, tmp_path):
+    """All that has a name is the same, and so is the identity of the recipe; the windows are not."""
+    output = str(tmp_path / "run")
+    planned = plan_run(tiny(root, tasks=TASKS, output=output))
+    prepare_run(planned)
+    directory = directory_of(planned.recipe.run_dir, 1)
+    begin(directory, state := RunState(1, 5, planned.identity.hex(), 1, "x"))
+    finish(directory, state, {})
+    other = plan_run(tiny(root, tasks=dict(reversed(TASKS.items())), output=output))
+    assert other.recipe.identity_hash() == planned.recipe.identity_hash() and other.identity != planned.identity
+    for check in (prepare_run, check_start):
+        with pytest.raises(ValueError, match="tasks were in another order, .* now it is locate, question. To go on"):
+            check(other)
+    assert list(read_recipe(planned.recipe.run_dir).tasks) == list(TASKS), "what eval reads heads by"
+    prepare_run(planned)
 
 
 def test_a_start_that_failed_before_its_first_update_may_be_corrected(root, tmp_path):
