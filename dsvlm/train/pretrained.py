@@ -5,10 +5,12 @@ They are part of a run by what is in them, wherever they lie.
 
 from pathlib import Path
 
+import yaml
+
 from dsvlm.config import Recipe
 from dsvlm.data.checksum import crc32
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
-from dsvlm.train.build import make_model
+from dsvlm.train.build import head_sizes, make_model
 from dsvlm.train.checkpoint import complete_checkpoints, is_complete, read_tensors
 
 PIECE = 2**24  # bytes read at a time
@@ -26,6 +28,8 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
     tokenizer = checkpoint.parents[1] / "tokenizer"
     if not tokenizer.is_dir() or load_tokenizer(tokenizer, recipe.text.bins).hash() != codec.hash():
         raise ValueError(f"model.start_from: it has another vocabulary than this run; set text.tokenizer: {tokenizer}")
+    if trains:
+        check_heads(recipe, checkpoint)
     # What LoRA has wrapped since goes by its old name.
     places = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
     for name, tensor in read_tensors(checkpoint, "weights"):
@@ -38,6 +42,19 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
             )
         place.data.copy_(tensor)
     return model
+
+
+def check_heads(recipe: Recipe, checkpoint: Path) -> None:
+    """ValueError when a task's head was another one of the bank: heads are known by their number alone."""
+    path = checkpoint.parents[1] / "recipe.yaml"
+    tasks = yaml.safe_load(path.read_text())["tasks"] if path.is_file() else {}
+    before, now = [name for name, task in tasks.items() if task["classes"]], list(head_sizes(recipe))
+    for name in before:
+        if name in now and now.index(name) != before.index(name):
+            raise ValueError(
+                f"model.start_from: {checkpoint} has the heads of {', '.join(before)} in this order, and now it is "
+                f"{', '.join(now)}: {name} would begin with another task's head; give tasks of type pair in that order"
+            )
 
 
 def start_checkpoint(recipe: Recipe) -> Path | None:
