@@ -123,6 +123,15 @@ def test_requests_bridge_small_gaps_and_stay_short():
     assert long.requests(np.ones(20, bool))[0][0] == 3  # of 8 MiB at most
 
 
+def test_a_node_that_runs_fillers_alone_reads_nothing(recipe, capsys):
+    """19 samples a window, the last of 10 nodes of 8 ranks."""
+    command = ["data", "simulate", str(recipe), "--world-size", "80", "--node", "9", "--steps", "0:3"]
+    assert run([*command, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["reads"]["samples"]["max"] == report["store"]["requests"]["max"] == report["cache"]["samples"] == 0
+    assert "stay empty" in report["findings"][0] and run(command) == 1
+
+
 def test_blocks_make_reads_long(planned):
     """64 consecutive samples of a rank are one request where the permutation keeps them together."""
     one, many = (
