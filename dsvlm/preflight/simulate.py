@@ -13,7 +13,7 @@ from dsvlm.data.manifest import Manifest, is_url
 from dsvlm.data.remote import CONCURRENT
 from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use
 from dsvlm.preflight.lengths import Cut
-from dsvlm.preflight.node import NodeReads, node_reads
+from dsvlm.preflight.node import NodeReads, distinct, node_reads
 from dsvlm.preflight.table import table
 from dsvlm.schedule.strategy import idle_share
 from dsvlm.train.build import Planned
@@ -165,9 +165,9 @@ def fetch_streams(reads: NodeReads, workers: int) -> np.ndarray:
 
     Each rank's samples of a task are hinted in jobs, and a process asks for those of a task by CONCURRENT threads.
     """
-    share, samples = np.unique(np.stack([reads.step, reads.rank, reads.task]), axis=1, return_counts=True)
+    step, samples = distinct(reads.step, reads.rank, reads.task)
     processes = np.minimum(max(1, workers), -(-samples // FETCHES))
-    return reads.per_step(share[0], processes * CONCURRENT).astype(np.int64)
+    return reads.per_step(step, processes * CONCURRENT).astype(np.int64)
 
 
 def member_requests(reads: NodeReads, planned: Planned) -> tuple[np.ndarray, np.ndarray]:
@@ -178,8 +178,7 @@ def member_requests(reads: NodeReads, planned: Planned) -> tuple[np.ndarray, np.
 
 def reader_streams(reads: NodeReads, workers: int) -> np.ndarray:
     """Processes of the node that read, [steps] int64."""
-    ranks = np.unique(np.stack([reads.step, reads.rank]), axis=1)
-    return reads.per_step(ranks[0]) * max(1, workers)
+    return reads.per_step(distinct(reads.step, reads.rank)[0]) * max(1, workers)
 
 
 def demand(store: Store, cluster: Cluster, requests: np.ndarray, size: np.ndarray, streams: np.ndarray) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsvlm.config import Recipe
 from dsvlm.preflight.lengths import Cut
-from dsvlm.preflight.node import NodeReads, node_reads
+from dsvlm.preflight.node import NodeReads, distinct, node_reads
 from dsvlm.preflight.simulate import UNCUT, useful_share
 from dsvlm.preflight.table import table
 from dsvlm.schedule.plan import Schedule, Stream
@@ -130,9 +130,7 @@ def shards_open(parts: list[np.ndarray]) -> dict:
 def shards_of(reads: NodeReads, task: int) -> np.ndarray:
     """Shards of a task that each rank with samples of it reads from. reads: of one step."""
     here = reads.task == task
-    rank, shard = reads.rank[here], reads.shard[here]  # in this order: equal pairs are next to each other
-    first = (np.diff(rank, prepend=-1) != 0) | (np.diff(shard, prepend=-1) != 0)
-    return np.unique(rank[first], return_counts=True)[1]
+    return np.unique(distinct(reads.rank[here], reads.shard[here])[0], return_counts=True)[1]
 
 
 def most(schedule: Schedule, task: int) -> int:

@@ -13,7 +13,7 @@ from dsvlm.cli import run
 from dsvlm.config import load_recipe
 from dsvlm.data.cached import GAP, LONGEST, coalesce
 from dsvlm.data.manifest import Manifest
-from dsvlm.preflight.node import NodeReads, node_reads
+from dsvlm.preflight.node import NodeReads, distinct, node_reads
 from dsvlm.preflight.simulate import Cluster, Store, render, simulate
 from dsvlm.schedule.plan import Plan, Schedule, Stream
 from dsvlm.train.build import make_deal, make_loader, plan_run
@@ -109,6 +109,14 @@ def test_requests_are_those_of_the_reader(samples):
                   for part in coalesce((row * size, (row + 1) * size, 0) for *k, row in samples if tuple(k) == key)]
         assert requests[step] == len(ranges)
         assert length[step] == sum(stop - start for start, stop, _ in ranges)
+
+
+def test_distinct_rows():
+    rows = np.random.default_rng(0).integers([10**9, -3, 0], [10**9 + 5, 2, 3], (200, 3)).T
+    wanted, counts = np.unique(rows, axis=1, return_counts=True)
+    first, found = distinct(*rows)
+    assert first.tolist() == wanted[0].tolist() and found.tolist() == counts.tolist()
+    assert [part.tolist() for part in distinct(*rows[:, :0])] == [[], []]
 
 
 def test_requests_bridge_small_gaps_and_stay_short():
