@@ -15,6 +15,7 @@ from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
 from dsvlm.train.checkpoint import RunState, begin, directory_of, finish
+from dsvlm.train.loop import start_record
 from dsvlm.train.rundir import check_start, open_run, prepare_run, read_recipe, run_decoder
 from tests.dist.recipes import tiny
 
@@ -180,6 +181,8 @@ def test_a_run_is_not_gone_on_with_its_tasks_in_another_order(root, tmp_path):
     for check in (prepare_run, check_start):
         with pytest.raises(ValueError, match="tasks were in another order, .* now it is locate, question. To go on"):
             check(other)
+    here, there = start_record(planned), start_record(other)
+    assert [key for key in here if here[key] != there[key]] == ["order of tasks"], "ranks that disagree say so"
     assert list(read_recipe(planned.recipe.run_dir).tasks) == list(TASKS), "what eval reads heads by"
     prepare_run(planned)
 
