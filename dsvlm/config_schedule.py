@@ -12,6 +12,7 @@ CONTROLLERS = ("stop_and_go",)
 DRAWN = ("unified", "per_rank")
 LONGEST_CYCLE = 65_536  # slots: a cycle is drawn at once
 LARGEST_QUOTAS = 2**21  # slots of tasks' own quotas, which may be sizes of data sets; drawing them takes a second
+CYCLE = 100  # slots of a mixture's cycle that is not given
 MOST_PARTS = 1000
 LARGEST_COUNT = 60_000  # of a controller's counters and gaps
 
@@ -47,8 +48,8 @@ def check_mixture(recipe: Recipe) -> None:
             f"schedule.mixture.cycle: strategy {recipe.schedule.strategy} has no cycles, its shares are samples of a "
             f"window; remove it, or use one of {', '.join(DRAWN)}"
         )
-    if mixture.cycle:
-        within("schedule.mixture.cycle", mixture.cycle, len(recipe.tasks), LONGEST_CYCLE)
+    if mixture.cycle or (recipe.schedule.strategy in DRAWN and mixture.kind in ("temperature", "annealed")):
+        within("schedule.mixture.cycle", mixture.cycle or CYCLE, len(recipe.tasks), LONGEST_CYCLE)
     if mixture.points and mixture.kind != "piecewise":
         raise ValueError(f"schedule.mixture.points: only kind piecewise has points; remove them from {mixture.kind}")
     if mixture.kind == "piecewise":

@@ -91,6 +91,17 @@ def test_quotas_that_no_step_draws_by_may_be_large(recipe):
     recipe(*UNIFIED, "tasks.lines.quota=65523")
 
 
+def test_tasks_may_be_more_than_the_slots_of_a_cycle_that_is_not_given(recipe):
+    tasks = ", ".join(f"t{i}: {{type: vqa, shards: train/lines, samples: 2}}" for i in range(101))
+    many = f"tasks={{{tasks}}}"
+    with pytest.raises(ValueError, match="schedule.mixture.cycle: 100 must be between 101 and 65536"):
+        recipe(many, *UNIFIED, "schedule.mixture={kind: temperature}")
+    recipe(many, *UNIFIED, "schedule.mixture={kind: temperature, cycle: 101}")
+    for kind in ("{kind: proportional}", "{kind: piecewise, points: {t0: '0:1'}}"):
+        recipe(many, *UNIFIED, f"schedule.mixture={kind}")
+    recipe(many, "schedule.mixture={kind: temperature}")
+
+
 def test_names_and_limits_agree():
     """The checks stand left of the schedule and may not import it."""
     assert config_schedule.CONTROLLERS == tuple(CONTROLLERS)

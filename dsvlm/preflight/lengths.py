@@ -1,5 +1,6 @@
 """`dsvlm data lengths`: the side files that windows are cut by, made before a start, and what they say of padding."""
 
+import os
 from functools import partial
 
 from dsvlm.data.lengths import Lengths
@@ -22,10 +23,13 @@ from dsvlm.train.lengths import (
 def lengths(planned: Planned, workers: int) -> list[dict]:
     """Makes what is missing next to each task's shards; what each file says, as JSON values.
 
-    workers: processes; 0 = this one.
+    Where shards lie that cannot be written to, as data sets of many users do: in the run directory, which is looked
+    through as well. workers: processes; 0 = this one.
     """
     codec, _ = open_codec(planned)
-    made = make_lengths(planned, codec, beside_shards(planned), workers)
+    beside = beside_shards(planned).items()
+    places = {name: place if os.access(place, os.W_OK) else planned.recipe.run_dir for name, place in beside}
+    made = make_lengths(planned, codec, places, workers)
     tokens = image_tokens(planned.recipe)
     found = find_lengths(planned, codec)
     return [describe(name, table, tokens, planned.recipe.train.buckets, name in made) for name, table in found.items()]

@@ -13,12 +13,13 @@ from dsvlm.data.manifest import Manifest, is_url
 from dsvlm.data.remote import CONCURRENT
 from dsvlm.preflight.eviction import misses_by_last_use, misses_by_next_use
 from dsvlm.preflight.lengths import Cut
-from dsvlm.preflight.node import NodeReads, node_reads
+from dsvlm.preflight.node import NodeReads, distinct, node_reads
 from dsvlm.preflight.table import table
 from dsvlm.schedule.strategy import idle_share
 from dsvlm.train.build import Planned
 from dsvlm.train.lengths import image_tokens
 
+UNCUT = "train.micro_tokens: cut by samples here, for lengths are not known yet: see dsvlm data lengths"
 IDLE = 0.1  # share of places without a sample that is worth a word
 
 
@@ -138,7 +139,7 @@ def useful_share(planned: Planned, reads: NodeReads, lengths: Sequence[Lengths] 
     if lengths is None:
         return None
     useful, computed = reads.padding(reads.positions(lengths, image_tokens(planned.recipe)))
-    return useful / computed
+    return useful / max(1, computed)
 
 
 def through_cache(reads: NodeReads, store: Store) -> tuple[dict, np.ndarray]:
@@ -147,8 +148,8 @@ def through_cache(reads: NodeReads, store: Store) -> tuple[dict, np.ndarray]:
     It evicts by next use, as the run does; by last use is for comparison. The cache holds samples, as if all were of
     one size: ranges that hold several are counted by their samples.
     """
-    size = float(reads.bytes.mean())
-    capacity = int(store.cache_mb * 2**20 / size)
+    size = mean(reads.bytes)
+    capacity = int(store.cache_mb * 2**20 / size) if size else 0  # of a node whose ranks run fillers alone
     missed = misses_by_next_use(reads.item, capacity)
     report = {
         "mb": store.cache_mb, "samples": capacity, "reads": len(reads.item),
@@ -164,9 +165,9 @@ def fetch_streams(reads: NodeReads, workers: int) -> np.ndarray:
 
     Each rank's samples of a task are hinted in jobs, and a process asks for those of a task by CONCURRENT threads.
     """
-    share, samples = np.unique(np.stack([reads.step, reads.rank, reads.task]), axis=1, return_counts=True)
+    step, samples = distinct(reads.step, reads.rank, reads.task)
     processes = np.minimum(max(1, workers), -(-samples // FETCHES))
-    return reads.per_step(share[0], processes * CONCURRENT).astype(np.int64)
+    return reads.per_step(step, processes * CONCURRENT).astype(np.int64)
 
 
 def member_requests(reads: NodeReads, planned: Planned) -> tuple[np.ndarray, np.ndarray]:
@@ -177,8 +178,7 @@ def member_requests(reads: NodeReads, planned: Planned) -> tuple[np.ndarray, np.
 
 def reader_streams(reads: NodeReads, workers: int) -> np.ndarray:
     """Processes of the node that read, [steps] int64."""
-    ranks = np.unique(np.stack([reads.step, reads.rank]), axis=1)
-    return reads.per_step(ranks[0]) * max(1, workers)
+    return reads.per_step(distinct(reads.step, reads.rank)[0]) * max(1, workers)
 
 
 def demand(store: Store, cluster: Cluster, requests: np.ndarray, size: np.ndarray, streams: np.ndarray) -> dict:
@@ -207,7 +207,7 @@ def findings(report: dict, planned: Planned) -> list[str]:
     train = planned.recipe.train
     by_length, shorter = train.micro_tokens > 0, planned.schedule.block < train.micro_batch
     if by_length and report["execution"]["useful_share"] is None:
-        found.append("train.micro_tokens: cut by samples here, for lengths are not known yet: see dsvlm data lengths")
+        found.append(UNCUT)
     if not store["windows_ahead"] and any(map(is_remote, planned.manifests.values())):
         found.append(
             f"data.workers: 0 reads nothing ahead: the busiest step waits {store['least_step_seconds']:.2f} s for the "
@@ -266,7 +266,8 @@ def render(report: dict) -> str:
         ]),
         "",
         f"cache        {cache['mb']:,} MB hold {cache['samples']:,} samples, of {cache['different']:,} different ones "
-        f"read: {cache['hit_share_next_use']:.1%} hits by next use, as the run evicts, "
+        "read",
+        f"             hits: {cache['hit_share_next_use']:.1%} by next use, as the run evicts, "
         f"{cache['hit_share_last_use']:.1%} by last use",
         f"store        {store['latency_ms']:g} ms, {store['mb_per_s']:g} MB/s a stream: the busiest step takes "
         f"{store['least_step_seconds']:.3f} s with {store['streams']} requests at a time, "

@@ -8,8 +8,8 @@ import numpy as np
 
 from dsvlm.config import Recipe
 from dsvlm.preflight.lengths import Cut
-from dsvlm.preflight.node import NodeReads, node_reads
-from dsvlm.preflight.simulate import useful_share
+from dsvlm.preflight.node import NodeReads, distinct, node_reads
+from dsvlm.preflight.simulate import UNCUT, useful_share
 from dsvlm.preflight.table import table
 from dsvlm.schedule.plan import Schedule, Stream
 from dsvlm.schedule.preview import preview
@@ -18,7 +18,7 @@ from dsvlm.train.build import Planned, plan_run
 from dsvlm.train.rundir import check_new_run
 
 STEPS, RANKS = 16, 8  # at most so many of each are located; counts, epochs and the idle share come from all
-SAMPLES = 2**20  # of windows that are cut by length, which takes time in proportion
+SAMPLES = 2**20  # that are located, or are in windows that are cut by length: both take time in proportion
 
 
 def plan_summary(recipe: Recipe, world_size: int, steps: range) -> tuple[list[dict], dict]:
@@ -38,9 +38,9 @@ def summarise(planned: Planned, cut: Cut, world_size: int) -> dict:
     steps = planned.recipe.schedule.steps
     taken = planned.plan.cursors(steps)
     by_length = planned.recipe.train.micro_tokens > 0 and cut.tables is not None
-    mean = int(taken.sum()) // steps
-    number = min(STEPS, SAMPLES // mean + 1) if by_length else STEPS
-    looked, ranks = spread(steps, number), spread(world_size, RANKS)
+    ranks = spread(world_size, RANKS)
+    each = int(taken.sum()) // steps if by_length else int(taken.sum()) * len(ranks) // (steps * world_size)
+    looked = spread(steps, min(STEPS, SAMPLES // max(1, each) + 1))
     reads = []
     for step in looked:
         window = planned.plan.window(step)
@@ -71,7 +71,20 @@ def summarise(planned: Planned, cut: Cut, world_size: int) -> dict:
             "requests": float(requests), "requests_per_rank": float(requests) / world_size,
         },
         "looked_at": {"steps": looked, "ranks": ranks},
+        "findings": findings(planned, cut),
     }  # fmt: skip
+
+
+def findings(planned: Planned, cut: Cut) -> list[str]:
+    """Where the run will be another than these figures say."""
+    found = []
+    if planned.recipe.train.micro_tokens and cut.tables is None:
+        found.append(UNCUT)
+    if planned.plan.control is not None:
+        found.append(
+            "schedule.controller: which tasks stop is decided by their losses; all of this is as if none ever did"
+        )
+    return found
 
 
 def spread(stop: int, number: int) -> list[int]:
@@ -117,10 +130,9 @@ def shards_open(parts: list[np.ndarray]) -> dict:
 
 
 def shards_of(reads: NodeReads, task: int) -> np.ndarray:
-    """Shards of a task that each rank with samples of it reads from in a step."""
+    """Shards of a task that each rank with samples of it reads from. reads: of one step."""
     here = reads.task == task
-    pairs = np.unique(np.stack([reads.rank[here], reads.shard[here]]), axis=1)
-    return np.unique(pairs[0], return_counts=True)[1]
+    return np.unique(distinct(reads.rank[here], reads.shard[here])[0], return_counts=True)[1]
 
 
 def most(schedule: Schedule, task: int) -> int:
@@ -165,5 +177,7 @@ def render(summary: dict) -> str:
         f"reads    {reads['requests']:,.0f} requests and {reads['bytes'] / 1e6:,.1f} MB a step; of each rank "
         f"{reads['requests_per_rank']:,.1f} and {reads['bytes_per_rank'] / 1e6:,.2f} MB",
         f"open shards, padding and requests: from {len(looked['steps'])} steps and {len(looked['ranks'])} ranks, "
-        "evenly spread; open at once: shards of a task that a rank reads from in a step",
+        "evenly spread",
+        "open at once: shards of a task that a rank reads from in a step",
+        *(f"finding: {text}" for text in summary["findings"]),
     ])  # fmt: skip

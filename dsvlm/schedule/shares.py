@@ -93,7 +93,8 @@ def piecewise(
 ) -> tuple[Phase, ...]:
     """Phases in which each task's own share is multiplied by its curve's value in the middle of the part.
 
-    A task without a curve keeps its own share. Raises ValueError when all tasks are 0 somewhere.
+    A task without a curve keeps its own share. Raises ValueError when all tasks are 0 somewhere, and when a curve is
+    above 0 between the middles of parts alone, so that its task has no share in any.
     """
     phases = []
     for part in range(parts):
@@ -104,6 +105,13 @@ def piecewise(
             raise ValueError(f"schedule.mixture.points: all are 0 at steps {start} to {stop - 1}; raise one of them")
         weights = [share * factor for share, factor in zip(own, factors, strict=True)]
         phases.append(Phase(start, largest_remainder(weights, total)))
+    for name, curve in curves.items():
+        told = any(value_at(curve, Fraction(step)) for step in (0, steps - 1, *dict(curve)) if step < steps)
+        if told and not any(phase.shares[names.index(name)] for phase in phases):
+            raise ValueError(
+                f"schedule.mixture.points.{name}: above 0, but in the middle of none of the {parts} parts of the run, "
+                f"so {name} would never train; a part is {steps // parts} steps: raise schedule.mixture.parts"
+            )
     return merged(phases)
 
 

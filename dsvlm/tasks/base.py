@@ -31,19 +31,26 @@ class TaskType(ABC):
         if prompt is not None:
             self.prompt = prompt
         try:
-            self.parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(self.prompt)]
+            parsed = list(string.Formatter().parse(self.prompt))
         except ValueError as error:
             raise ValueError(
                 f"prompt {self.prompt!r}: {error}; close each {{ that opens a field, and write braces that are text "
                 "twice, as {{ and }}"
             ) from None
+        self.parts = [(literal, name) for literal, name, _, _ in parsed]
         names = [name for _, name in self.parts if name is not None]
         self.has_boxes = self.writes_boxes or "box" in names  # whether it reads or writes location tokens
-        for name in names:
-            if name not in self.fields:
+        for _, name, form, conversion in parsed:
+            if name is not None and name not in self.fields:
                 raise ValueError(
                     f"prompt {self.prompt!r}: no field {{{name}}}; a {type(self).__name__.lower()} record has "
                     f"{', '.join(self.fields) or 'none'}"
+                )
+            if form or conversion:  # of Python's format strings: a box, or text that is typed, has none
+                asked = f"!{conversion}" * bool(conversion) + f":{form}" * bool(form)
+                raise ValueError(
+                    f"prompt {self.prompt!r}: {{{name}{asked}}} asks for a format, but a field is filled in as the "
+                    f"record has it; write {{{name}}}"
                 )
         self.asked = None if names else self.filled({})  # the question of all records
 

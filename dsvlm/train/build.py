@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from dsvlm.config import Recipe, TaskConfig, nearest
-from dsvlm.config_schedule import DRAWN, parse_points
+from dsvlm.config_schedule import CYCLE, DRAWN, parse_points
 from dsvlm.data.encode import UNFIT
 from dsvlm.data.index import has_images
 from dsvlm.data.loader import Loader, LoaderConfig, Source
@@ -70,7 +70,7 @@ def phase_table(recipe: Recipe, sizes: Sequence[int]) -> tuple[Phase, ...]:
     options, mixture, drawn = recipe.schedule, recipe.schedule.mixture, recipe.schedule.strategy in DRAWN
     own = tuple(task.quota or task.samples if drawn else task.samples for task in recipe.tasks.values())
     if mixture is not None:
-        phases = mixture_phases(recipe, sizes, own, mixture.cycle or 100 if drawn else sum(own))
+        phases = mixture_phases(recipe, sizes, own, mixture.cycle or CYCLE if drawn else sum(own))
     else:
         phases = [Phase(phase.start, tuple(phase.shares[name] for name in recipe.tasks)) for phase in options.phases]
         if not phases or phases[0].start:

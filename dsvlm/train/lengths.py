@@ -206,6 +206,8 @@ def joint_histogram(schedule: Schedule, histograms: list[np.ndarray]) -> np.ndar
     total = np.zeros(max(map(len, histograms)), np.int64)
     shares = np.sum([phase.shares for phase in schedule.table], axis=0).tolist()
     for stream, histogram, share in zip(schedule.streams, histograms, shares, strict=True):
-        # In millionths of a sample: integers, so that all ranks find the same edges; and no length is forgotten.
-        total[: len(histogram)] += np.maximum(histogram * (share * 10**6) // stream.size, histogram > 0)
+        # In millionths of a sample: integers, so that all ranks find the same edges; and no length is forgotten. They
+        # are Python's own: thousands of samples of a window, many phases and millions of one length are above 2^63.
+        millionths = histogram.astype(object) * (share * 10**6) // stream.size
+        total[: len(histogram)] += np.maximum(millionths.astype(np.int64), histogram > 0)
     return total

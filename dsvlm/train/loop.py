@@ -152,8 +152,9 @@ def start_record(planned: Planned) -> dict:
     recipe = planned.recipe
     manifests = {f"manifest of task {name}": manifest.hash for name, manifest in planned.manifests.items()}
     return {
-        **recipe.identity(), **recipe.execution(), **manifests, "schedule version": SCHEDULE_VERSION,
-        "code version": code_version(), "DeepSpeed configuration": hash_of(read_ds_config(recipe)),
+        **recipe.identity(), "order of tasks": ", ".join(recipe.tasks), **recipe.execution(), **manifests,
+        "schedule version": SCHEDULE_VERSION, "code version": code_version(),
+        "DeepSpeed configuration": hash_of(read_ds_config(recipe)),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsvlm.config import Recipe, read_raw
 from dsvlm.data.checksum import crc32
 from dsvlm.data.tokenizer import TextCodec, load_tokenizer
-from dsvlm.train.build import make_model
+from dsvlm.train.build import head_sizes, make_model
 from dsvlm.train.checkpoint import complete_checkpoints, is_complete, read_tensors
 
 PIECE = 2**24  # bytes read at a time
@@ -30,6 +30,8 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True, record: d
     if not tokenizer.is_dir() or load_tokenizer(tokenizer, recipe.text.bins).hash() != codec.hash():
         raise ValueError(f"{START}: it has another vocabulary than this run; set text.tokenizer: {tokenizer}")
     for checkpoint in reversed(starts):
+        if trains:
+            check_heads(recipe, checkpoint)
         put_weights(model, checkpoint)
     return model
 
@@ -47,6 +49,19 @@ def put_weights(model, checkpoint: Path) -> None:
                 "must have all that was trained there (tasks with heads, experts, adapters and sizes alike)"
             )
         place.data.copy_(tensor)
+
+
+def check_heads(recipe: Recipe, checkpoint: Path) -> None:
+    """ValueError when a task's head was another one of the bank: heads are known by their number alone."""
+    path = checkpoint.parents[1] / "recipe.yaml"
+    tasks = read_raw(path)["tasks"] if path.is_file() else {}
+    before, now = [name for name, task in tasks.items() if task["classes"]], list(head_sizes(recipe))
+    for name in before:
+        if name in now and now.index(name) != before.index(name):
+            raise ValueError(
+                f"{START}: {checkpoint} has the heads of {', '.join(before)} in this order, and now it is "
+                f"{', '.join(now)}: {name} would begin with another task's head; give tasks of type pair in that order"
+            )
 
 
 def start_checkpoints(start_from: str | None, record: dict | None = None) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from dsvlm.data.tokenizer import TextCodec, load_tokenizer
 from dsvlm.data.transforms import check_decoder, resolve_decoder
 from dsvlm.schedule.plan import SCHEDULE_VERSION
 from dsvlm.train.build import Planned, make_tokenizer, manifest_record
-from dsvlm.train.checkpoint import complete_checkpoints
+from dsvlm.train.checkpoint import complete_checkpoints, read_state
 from dsvlm.train.pretrained import check_contents, check_places, crcs
 
 KEPT = {"recipe", "manifests", "format"}  # what run.json has always held
@@ -209,6 +209,21 @@ def check_same_run(planned: Planned) -> None:
                 f"{run_dir} holds another run: {what}{shown}. To go on with it, restore the {fix}; "
                 "to start afresh, set output to another directory"
             )
+    check_same_order(planned)
+
+
+def check_same_order(planned: Planned) -> None:
+    """Raises ValueError when the run's checkpoints are of other windows, with all that has a name unchanged.
+
+    Windows, and the bank of heads, hold the tasks in the recipe's order, which the identity of a checkpoint knows.
+    """
+    run_dir, checkpoints = planned.recipe.run_dir, complete_checkpoints(planned.recipe.run_dir)
+    if checkpoints and read_state(checkpoints[-1]).identity != planned.identity.hex():
+        raise ValueError(
+            f"{run_dir} holds another run: its tasks were in another order, and so were the samples of its windows; "
+            f"now it is {', '.join(planned.recipe.tasks)}. To go on with it, restore the order of tasks, which "
+            f"{run_dir / 'recipe.yaml'} has; to start afresh, set output to another directory"
+        )
 
 
 def known_by_path(saved: dict) -> bool:

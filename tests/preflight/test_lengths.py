@@ -1,6 +1,8 @@
 """`dsvlm data lengths`: side files next to the shards, which a training then finds."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +46,17 @@ def test_command(recipe, tmp_path, capsys):
 def test_workers(recipe, capsys):
     assert run(["data", "lengths", str(recipe), "--workers", "-1"]) == 2
     assert "--workers -1" in capsys.readouterr().err
+
+
+def test_shards_that_cannot_be_written_to(recipe, tmp_path, capsys, monkeypatch):
+    """Counting may take hours: it must not end in a refusal, nor must a start, which could not count in time."""
+    there, closed = os.access, tmp_path / "train/question"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and there(path, mode))
+    assert run(["data", "lengths", str(recipe), "--json"]) == 0
+    made = [Path(row["file"]).parent for row in json.loads(capsys.readouterr().out)]
+    assert made == [tmp_path / "run", tmp_path / "train/locate"]
+    planned = plan_run(load_recipe(recipe, ["train.micro_tokens=128"]))
+    assert [table.path.parent for table in open_lengths(planned, make_tokenizer(planned)).values()] == made
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -13,7 +13,7 @@ from dsvlm.cli import run
 from dsvlm.config import load_recipe
 from dsvlm.data.cached import GAP, LONGEST, coalesce
 from dsvlm.data.manifest import Manifest
-from dsvlm.preflight.node import NodeReads, node_reads
+from dsvlm.preflight.node import NodeReads, distinct, node_reads
 from dsvlm.preflight.simulate import Cluster, Store, render, simulate
 from dsvlm.schedule.plan import Plan, Schedule, Stream
 from dsvlm.train.build import make_deal, make_loader, plan_run
@@ -111,6 +111,14 @@ def test_requests_are_those_of_the_reader(samples):
         assert length[step] == sum(stop - start for start, stop, _ in ranges)
 
 
+def test_distinct_rows():
+    rows = np.random.default_rng(0).integers([10**9, -3, 0], [10**9 + 5, 2, 3], (200, 3)).T
+    wanted, counts = np.unique(rows, axis=1, return_counts=True)
+    first, found = distinct(*rows)
+    assert first.tolist() == wanted[0].tolist() and found.tolist() == counts.tolist()
+    assert [part.tolist() for part in distinct(*rows[:, :0])] == [[], []]
+
+
 def test_requests_bridge_small_gaps_and_stay_short():
     near = reads([(0, 0, 0, 0, 1000), (0, 0, 0, 1000 + GAP // 2, 2000 + GAP // 2), (0, 0, 0, 10**6, 10**6 + 1)])
     requests, length = near.requests(np.ones(3, bool))
@@ -121,6 +129,15 @@ def test_requests_bridge_small_gaps_and_stay_short():
     assert ranks.requests(np.ones(3, bool))[0].tolist() == [2, 1, 0]  # each rank, and each step, asks for itself
     long = reads([(0, 0, 0, i * 2**20, (i + 1) * 2**20) for i in range(20)])
     assert long.requests(np.ones(20, bool))[0][0] == 3  # of 8 MiB at most
+
+
+def test_a_node_that_runs_fillers_alone_reads_nothing(recipe, capsys):
+    """19 samples a window, the last of 10 nodes of 8 ranks."""
+    command = ["data", "simulate", str(recipe), "--world-size", "80", "--node", "9", "--steps", "0:3"]
+    assert run([*command, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["reads"]["samples"]["max"] == report["store"]["requests"]["max"] == report["cache"]["samples"] == 0
+    assert "stay empty" in report["findings"][0] and run(command) == 1
 
 
 def test_blocks_make_reads_long(planned):

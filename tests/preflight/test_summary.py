@@ -12,6 +12,7 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import ShardReader
 from dsvlm.data.shard import ShardWriter
+from dsvlm.preflight import summary as summary_module
 from dsvlm.preflight.lengths import Cut
 from dsvlm.preflight.summary import plan_summary, render, shards_bound, spread
 from dsvlm.schedule.plan import Stream
@@ -127,6 +128,25 @@ def test_padding_where_lengths_are_known(root, capsys):
     assert [run["padding"]["useful_share"] for run in (plain, cut)] == pytest.approx(shares)
     assert plain["execution"]["exact"] and not cut["execution"]["exact"]
     assert "of the positions that are computed are useful" in render(plain)
+
+
+def test_what_the_figures_cannot_know_is_said(root, capsys):
+    control = "schedule.controller={kind: stop_and_go}"
+    unknown = ["train.micro_tokens=1000", "text.max_length=63"]  # of which no test makes the lengths
+    command = ["plan", str(recipe_of(root)), *(part for each in (control, *unknown) for part in ("--set", each))]
+    assert run(command) == 0
+    text = capsys.readouterr().out
+    assert "finding: train.micro_tokens: cut by samples here" in text and "as if none ever did" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert plan_summary(load_recipe(recipe_of(root)), 4, range(1))[1]["findings"] == []
+
+
+def test_of_large_windows_fewer_are_located(root, monkeypatch):
+    """What is located are the samples of the ranks looked at, not of all."""
+    monkeypatch.setattr(summary_module, "SAMPLES", 40)
+    recipe = load_recipe(recipe_of(root))
+    looked = {world: plan_summary(recipe, world, range(1))[1]["looked_at"]["steps"] for world in (1, 16)}
+    assert len(looked[1]) < len(looked[16]) == 6 and looked[1][-1] == 5
 
 
 def test_spread():

@@ -3,7 +3,9 @@
 import json
 from functools import partial
 
+from dsvlm.schedule import preview as preview_module
 from dsvlm.schedule.digest import digest, identity_bytes
+from dsvlm.schedule.mixture import Phase
 from dsvlm.schedule.plan import Plan, Schedule, Stream
 from dsvlm.schedule.preview import preview, render
 from dsvlm.schedule.strategy import deal
@@ -54,5 +56,29 @@ def test_render():
     rows, *_ = rows_of("accumulate")
     lines = render(rows).splitlines()
     assert len(lines) == 4 and lines[0].split()[0] == "step"
-    assert "caption 6, vqa 2" in lines[1] and "caption 1+0/12, vqa 0+4/11" in lines[1]
+    assert lines[1].endswith("caption 6 (1+0/12), vqa 2 (0+4/11)")
     assert "33.3 %" in lines[1] and rows[0]["digest"] in lines[1]
+
+
+def test_many_tasks_go_on_below_each_other():
+    rows, *_ = rows_of("accumulate")
+    names = [f"task-{index}" for index in range(40)]
+    for row in rows:
+        row["tasks"], row["epochs"] = dict.fromkeys(names, 1000), dict.fromkeys(names, row["epochs"]["vqa"])
+    text = render(rows)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120 and len({len(line) - len(line.lstrip()) for line in lines}) == 2
+    assert all(text.count(f"{name} 1000 (0+") == 3 for name in names) and text.count(",") == 3 * 39
+
+
+def test_windows_that_are_cut_alike_are_counted_once(monkeypatch):
+    counted, share = [], preview_module.idle_share
+    monkeypatch.setattr(preview_module, "idle_share", lambda rounds: counted.append(rounds) or share(rounds))
+    for strategy, phases in (("accumulate", ()), ("mixed", (Phase(0, (6, 2)), Phase(2, (5, 1)))), ("per_rank", ())):
+        settings = {"samples": 8, "chunk": 2} if strategy == "per_rank" else {}
+        rows, schedule, _ = rows_of(strategy, phases=phases, **settings)
+        for row in rows:
+            rounds = deal(Plan(schedule).window(row["step"]), schedule, 4, 2)
+            assert (row["units"], row["idle_share"]) == (sum(part.units for part in rounds), float(share(rounds)))
+        assert len(counted) == (2 if phases else 1)
+        counted.clear()

@@ -101,6 +101,17 @@ def test_piecewise_phases():
         shares.piecewise(("caption",), (10,), {"caption": RAMP}, 40, 3000, 6)
 
 
+@pytest.mark.parametrize("curve", [((0, 1), (249, 0)), ((0, 0), (260, 0), (400, 5), (700, 0)), ((2750, 0), (2999, 1))])
+def test_a_curve_that_no_part_sees_is_refused(curve):
+    """With the 500 updates of a part it would be as if the task were not there; of 20, its share is above 0 in some."""
+    curve = {"caption": tuple((step, Fraction(value)) for step, value in curve)}
+    with pytest.raises(ValueError, match="points.caption: above 0, .* would never train; a part is 500 steps: raise"):
+        shares.piecewise(("caption", "vqa"), (10, 30), curve, 40, 3000, 6)
+    assert any(phase.shares[0] for phase in shares.piecewise(("caption", "vqa"), (10, 30), curve, 40, 3000, 150))
+    off = shares.piecewise(("caption", "vqa"), (10, 30), {"caption": ((0, Fraction(0)), (3000, Fraction(1)))}, 40, 1, 1)
+    assert off == (Phase(0, (0, 40)),), "0 throughout the run is what is asked for"
+
+
 def test_a_cycle_is_one_shuffle_of_all_batches():
     assert shares.epoch_quotas([100, 33, 1], 32) == (4, 2, 1)
     capped = shares.epoch_quotas([10**9, 10**8, 5], 1)

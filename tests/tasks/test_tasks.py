@@ -72,6 +72,9 @@ def test_templates_can_be_replaced_and_are_checked():
     for prompt in ("{question", "question}", "{question}}"):
         with pytest.raises(ValueError, match=r"prompt '.*question.*'.*; close each { that opens a field"):
             TASK_TYPES["vqa"](prompt)
+    for name, asked in (("question", ":>10"), ("question", "!r"), ("question", "!s:<4"), ("box", ":.2f")):
+        with pytest.raises(ValueError, match=rf"{{{name}{asked}}} asks for a format, .*; write {{{name}}}$"):
+            TASK_TYPES["classify" if name == "box" else "vqa"](f"see {{{name}{asked}}} here")
     region = TASK_TYPES["classify"]().question(RECORDS["classify"])
     assert region[1:] == (Text("what is in the region"), Boxes((LEFT,)), Text("?"))
 

@@ -14,6 +14,8 @@ from dsvlm.data.convert.scenes import make_scenes
 from dsvlm.data.index import ShardIndex
 from dsvlm.data.shard import ShardWriter
 from dsvlm.train.build import make_loader, make_tokenizer, plan_run
+from dsvlm.train.checkpoint import RunState, begin, directory_of, finish
+from dsvlm.train.loop import start_record
 from dsvlm.train.metrics import reopen
 from dsvlm.train.rundir import check_start, identity_of, open_run, prepare_run, read_recipe, run_decoder
 from tests.dist.recipes import tiny
@@ -165,6 +167,25 @@ def test_a_run_is_not_gone_on_with_other_data_or_another_recipe(root, tmp_path):
     shutil.move(root / "new/train", root / "train")
     with pytest.raises(ValueError, match="manifest of task locate.*restore the data.root"):
         prepare_run(plan_run(tiny(root, tasks=TASKS, output=output)))
+
+
+def test_a_run_is_not_gone_on_with_its_tasks_in_another_order(root, tmp_path):
+    """All that has a name is the same, and so is the identity of the recipe; the windows are not."""
+    output = str(tmp_path / "run")
+    planned = plan_run(tiny(root, tasks=TASKS, output=output))
+    prepare_run(planned)
+    directory = directory_of(planned.recipe.run_dir, 1)
+    begin(directory, state := RunState(1, 5, planned.identity.hex(), 1, "x"))
+    finish(directory, state, {})
+    other = plan_run(tiny(root, tasks=dict(reversed(TASKS.items())), output=output))
+    assert other.recipe.identity_hash() == planned.recipe.identity_hash() and other.identity != planned.identity
+    for check in (prepare_run, check_start):
+        with pytest.raises(ValueError, match="tasks were in another order, .* now it is locate, question. To go on"):
+            check(other)
+    here, there = start_record(planned), start_record(other)
+    assert [key for key in here if here[key] != there[key]] == ["order of tasks"], "ranks that disagree say so"
+    assert list(read_recipe(planned.recipe.run_dir).tasks) == list(TASKS), "what eval reads heads by"
+    prepare_run(planned)
 
 
 def test_a_start_that_failed_before_its_first_update_may_be_corrected(root, tmp_path):

@@ -12,6 +12,8 @@ from dsvlm.data.lengths import Lengths, count_lengths, write_lengths
 from dsvlm.data.manifest import load_manifest
 from dsvlm.data.reader import ShardReader
 from dsvlm.data.shard import ShardWriter
+from dsvlm.schedule.mixture import Phase
+from dsvlm.schedule.plan import Schedule, Stream
 from dsvlm.train import lengths as train_lengths
 from dsvlm.train.build import make_loader, make_sources, make_tokenizer, plan_run
 from dsvlm.train.lengths import beside_shards, find_lengths, image_tokens, lengths_record, make_lengths, open_lengths
@@ -171,6 +173,21 @@ def test_remote_shards(root, codec, tmp_path):
         assert lengths.path == made[name]
         (source,) = [source for source in make_sources(local) if source.name == name]
         assert (lengths.table == count_lengths(source, codec, 64, encoder_decoder=False)).all()
+
+
+def test_edges_of_tasks_together_at_any_size():
+    """Shares of many phases, and millions of samples of one length: the edges are those of one phase and of less."""
+    histograms = [np.bincount(np.full(40, length)) for length in (300, 500)]
+
+    def edges(times, phases):
+        streams = tuple(Stream(name, (40 * times,), 1, 1) for name in "ab")
+        table = tuple(Phase(step, (30_000 - step % 2, 10_000 + step % 2)) for step in range(phases))
+        made = Schedule(0, "mixed", streams, phases=table)
+        joint = train_lengths.joint_histogram(made, [histogram * times for histogram in histograms])
+        assert joint[300] / joint[500] == pytest.approx(3, rel=1e-3)
+        return train_lengths.bucket_edges(joint, 1).tolist(), train_lengths.bucket_edges(joint, 2).tolist()
+
+    assert edges(1, 1) == edges(10**6, 1000) == ([504], [304, 504])
 
 
 def test_in_processes(root, codec, tmp_path):

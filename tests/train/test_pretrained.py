@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -239,3 +240,21 @@ def test_a_start_that_does_not_fit_is_refused(root, tmp_path):
     alter(first.run_dir / "tokenizer")
     with pytest.raises(ValueError, match="it has another vocabulary than this run; set text.tokenizer: .*first/tok"):
         begin_model(stage_of(root, tmp_path / "second", step), codec)
+
+
+def test_heads_are_those_of_their_tasks(root, tmp_path):
+    """The bank knows heads by their number: in another order, each task would begin with the other's."""
+    heads = {name: {"type": "pair", "shards": "-", "samples": 1, "classes": 2} for name in ("match", "same")}
+    first = stage_of(root, tmp_path / "first", None)
+    save_weights(first, "^connector")
+    write_file(first.run_dir / "recipe.yaml", yaml.safe_dump(first.to_dict() | {"tasks": heads}).encode())
+    codec = load_tokenizer(root / "tokenizer", first.text.bins)
+
+    def begun(*names):
+        recipe = stage_of(root, tmp_path / "second", first.run_dir).to_dict()
+        return begin_model(parse_recipe(recipe | {"tasks": TASKS | {name: heads["match"] for name in names}}), codec)
+
+    begun("match", "same", "third")
+    begun("renamed", "same")
+    with pytest.raises(ValueError, match="heads of match, same in this order, and now it is same, match: match would"):
+        begun("same", "match")
