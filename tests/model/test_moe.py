@@ -340,6 +340,7 @@ def test_many_groups_are_routed_in_parts(tools, monkeypatch, packed):
     told = model(tools.collate(tools.mixed, packed=packed))
     for layer in moe_layers(model):
         layer.experts.register_forward_hook(lambda *_: runs.append(1))
+    assert moe.most_groups(8) == 256 and moe.most_groups(64) == 42  # more do not fit a block of a GPU
     for most in (2, 3, 5):
         monkeypatch.setattr(moe, "MOST_GROUPS", most)
         runs.clear()
