@@ -122,6 +122,21 @@ def test_bool_rows_of_nothing_give_zero_and_dropout_works(models):
     assert torch.equal(attention(None, q, q, q, seen, dropout=1.0)[0], torch.zeros_like(out))
 
 
+@torch.no_grad()
+def test_float_masks_of_a_wider_type_hide_and_no_more(models, kind):
+    """The least fp32 number is none of bf16: rows of padding would become NaN, and by values of weight 0 all others."""
+    ours, eager = (m.bfloat16() for m in models)
+    tokens, seen = torch.randint(1, 50, (2, 7)), torch.ones(2, 1, 7, 7).bool().tril()
+    seen[1, ..., :3] = False
+    mask = torch.zeros(2, 1, 7, 7).masked_fill(~seen, torch.finfo(torch.float32).min)
+    positions = torch.tensor([range(7), [0, 0, 0, 0, 1, 2, 3]])
+    found = ours(tokens, attention_mask=mask, position_ids=positions).logits
+    expected = eager(tokens, attention_mask=~seen if kind == "mpt" else mask, position_ids=positions).logits
+    assert found.isfinite().all()
+    keep = seen.any(dim=-1)[:, 0]
+    torch.testing.assert_close(found[keep], expected[keep], rtol=0.1, atol=0.1)
+
+
 def test_silent_mistakes_are_errors():
     ours, _ = build("opt")
     tokens = torch.randint(1, 50, (1, 6))

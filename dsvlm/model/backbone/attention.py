@@ -81,7 +81,10 @@ def dense(
     """Attention under a dense mask, as in `attention`; with a bool one, queries that may attend to nothing give 0."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     live = mask.any(dim=-1) if mask.dtype == torch.bool else torch.ones_like(mask[..., 0], dtype=torch.bool)
-    safe = mask | ~live[..., None] if mask.dtype == torch.bool else mask.to(query.dtype)
+    if mask.dtype == torch.bool:
+        safe = mask | ~live[..., None]
+    else:  # the least number of a wider type would become -inf, and a row of nothing else NaN
+        safe = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
     if dropout > 0.0 or alibi_slopes is not None:
         out = math(query, key, value, safe, scaling, alibi_slopes, dropout)
     else:
