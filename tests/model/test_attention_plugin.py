@@ -123,6 +123,16 @@ def test_bool_rows_of_nothing_give_zero_and_dropout_works(models):
 
 
 @torch.no_grad()
+def test_hidden_states_are_there_when_asked_for(models):
+    ours, tokens = models[0], torch.randint(1, 50, (2, 5))
+    found, expected = (m(tokens, output_hidden_states=True).hidden_states for m in models)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for given in ({}, {"input_ids": tokens, "inputs_embeds": ours.get_input_embeddings()(tokens)}):
+        with pytest.raises(ValueError, match="one of input_ids (or|and) inputs_embeds"):
+            ours(**given)
+
+
+@torch.no_grad()
 def test_float_masks_of_a_wider_type_hide_and_no_more(models, kind):
     """The least fp32 number is none of bf16: rows of padding would become NaN, and by values of weight 0 all others."""
     ours, eager = (m.bfloat16() for m in models)
