@@ -129,4 +129,6 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, D]; returns [N, E] fp32, or fp64."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(dtype), self.weight.to(dtype))
+        device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # meta has none
+        with torch.autocast(device, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))

@@ -122,6 +122,20 @@ def test_bool_rows_of_nothing_give_zero_and_dropout_works(models):
     assert torch.equal(attention(None, q, q, q, seen, dropout=1.0)[0], torch.zeros_like(out))
 
 
+def test_autocast_is_that_of_torch_s_attention(models):
+    """Also where a model hands over queries and values of two types, as LLaMA does."""
+    ours, eager = models
+    mask, tokens = packed_mask(), torch.randint(1, 50, (2, 10))
+    given = {"attention_mask": mask.as_hf(), "position_ids": mask.position_ids(), "use_cache": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(tokens, **given).logits
+    expected = ours(tokens, **given).logits
+    assert found.dtype == torch.bfloat16
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    assert copy.deepcopy(ours).to("meta")(tokens.to("meta"), **on_meta).logits.shape == (2, 10, 50)
+    torch.testing.assert_close(found[mask.live].float(), expected[mask.live], rtol=0.1, atol=0.2)
+
+
 @torch.no_grad()
 def test_hidden_states_are_there_when_asked_for(models):
     ours, tokens = models[0], torch.randint(1, 50, (2, 5))

@@ -45,6 +45,11 @@ def attention(
             f"{NAME}: {type(module).__name__} passed {', '.join(unknown)}, which git_attention does not have; use "
             "attn_implementation='eager'"
         )
+    device = query.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and query.dtype != torch.float64:
+        # as torch's own attention does: LLaMA's rotations leave queries and keys in fp32, values in bf16
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     queries, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None:
         if queries > 1 and getattr(module, "is_causal", True):
