@@ -19,7 +19,7 @@ from dsvlm.model.dropout import KeyedDropout, image_keys
 from dsvlm.model.heads import HeadBank
 from dsvlm.model.loss import VocabHead
 from dsvlm.model.moe_groups import MoeContext
-from dsvlm.model.moe_losses import summarise
+from dsvlm.model.moe_losses import check_gradient, summarise
 from dsvlm.model.moe_place import moe_layers, place_experts
 from dsvlm.model.rows import Layout, assemble, lay_out
 from dsvlm.model.vision import VisionEncoder, build_tower
@@ -213,7 +213,9 @@ class GitVlm(PreTrainedModel):
         if not self.experts:
             return {}
         layers = moe_layers(self)
-        told = summarise(layers[0].context.close(), [layer.name for layer in layers], self.experts)
+        told = layers[0].context.close()
+        check_gradient(told, {layer.name for layer in layers if layer.router.weight.requires_grad}, self.experts)
+        told = summarise(told, [layer.name for layer in layers], self.experts)
         return {"aux": told.loss, "routing": told.figures}
 
     def _layout(self, batch: Batch, image_row: Tensor) -> Layout:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dsvlm.model.moe_experts import Experts
 from dsvlm.model.moe_groups import Groups, MoeContext, keyed_normal
-from dsvlm.ops import expert_capacity, moe_combine, moe_permute, moe_route
+from dsvlm.ops import expert_capacity, moe_combine, moe_permute, moe_route, most_pools
 
 if TYPE_CHECKING:
     from dsvlm.config import MoeConfig
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from dsvlm.ops import Routing
 
 ALIGN = 8  # rows: what an expert's of bf16 must be a multiple of in torch's grouped matrix product
-MOST_GROUPS = 256  # of one routing call
+MOST_GROUPS = 256  # of one routing call, or fewer where there are many experts
+
+
+def most_groups(experts: int) -> int:
+    """Groups of one routing call, the same on all devices."""
+    return min(MOST_GROUPS, most_pools(experts))
 
 
 class MoeLayer(nn.Module):
@@ -49,7 +54,7 @@ class MoeLayer(nn.Module):
         logits = self.router(tokens)
         noise = self.noise(groups, logits) if self.training and self.config.noise > 0 else None
         parts, first = [], 0
-        for part in groups.split(MOST_GROUPS):
+        for part in groups.split(most_groups(self.config.experts)):
             here = slice(first, first := first + part.group.numel())
             parts.append(self.route(logits[here], None if noise is None else noise[here], part))
         # The experts run once, however many parts: under ZeRO-3 their weights are gathered for it, on all ranks.
@@ -73,7 +78,7 @@ class MoeLayer(nn.Module):
         return keyed_normal(groups.keys, shape, groups.position).to(logits.dtype).view_as(logits) * self.sigma
 
     def route(self, logits: Tensor, noise: Tensor | None, groups: Groups) -> tuple[Routing, int]:
-        """At most MOST_GROUPS groups. logits, noise: [n, E]; returns also the rows of an expert at most."""
+        """At most `most_groups`. logits, noise: [n, E]; returns also the rows of an expert at most."""
         config, group = self.config, groups.group.flatten()
         limit = -1  # dropless
         if config.capacity_factor > 0 and groups.images:
@@ -124,4 +129,6 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, D]; returns [N, E] fp32, or fp64."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(dtype), self.weight.to(dtype))
+        device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # meta has none
+        with torch.autocast(device, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))

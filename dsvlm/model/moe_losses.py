@@ -33,6 +33,17 @@ class Told:
     figures: Tensor
 
 
+def check_gradient(told: list[tuple[str, Groups, Routing]], training: set[str], config: MoeConfig) -> None:
+    """ValueError where losses are asked for and layers that train, by name, told of their routing without a graph."""
+    if not torch.is_grad_enabled() or not any(weights_of(config.image) + weights_of(config.text)):
+        return
+    if lost := {name for name, _, routed in told if name in training and not routed.prob_sum.requires_grad}:
+        raise ValueError(
+            f"model.moe: the losses of {', '.join(sorted(lost))} would have no gradient, as layers are recomputed by "
+            "reentrant checkpointing; take activation_checkpointing_enable({'use_reentrant': False})"
+        )
+
+
 def summarise(told: list[tuple[str, Groups, Routing]], layers: list[str], config: MoeConfig) -> Told:
     """Losses are means over layers (those with the modality) and over groups, each group's a function of itself.
 

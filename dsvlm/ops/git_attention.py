@@ -36,7 +36,7 @@ def git_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"git_attention: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    check(q, k, v, mask, alibi_slopes, dropout)
+    check(q, k, v, mask, scale, alibi_slopes, dropout)
     if backend == "auto":
         backend = choose(q, k, v, mask, alibi_slopes, dropout)
     refuse(backend, q, mask, alibi_slopes, dropout)
@@ -67,7 +67,9 @@ def git_attention(
     return torch.where(live, out.transpose(1, 2), 0)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor | None, dropout: float) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, mask: GitMask, scale: float | None, alibi_slopes: Tensor | None, dropout: float
+) -> None:
     """ValueError if the inputs do not fit each other, whatever backend is to serve them."""
     if not isinstance(mask, GitMask):
         found = type(mask).__name__
@@ -96,6 +98,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: GitMask, alibi_slopes: Tensor |
         found = f"{q.dtype}, {k.dtype}, {v.dtype}".replace("torch.", "")
         raise ValueError(f"git_attention: q, k and v have one floating point dtype, found {found}; cast them")
     same_device("git_attention", q.device, k=k, v=v, mask=rows, alibi_slopes=alibi_slopes)
+    if isinstance(scale, Tensor):  # the compiled op would take its number, and give it no gradient
+        raise ValueError("git_attention: scale is a number, found a tensor; multiply q by one that is learned")
     if not 0.0 <= dropout <= 1.0:  # also NaN
         raise ValueError(f"git_attention: dropout={dropout}; expected a probability, from 0 to 1")
 

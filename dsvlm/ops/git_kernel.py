@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dsvlm.ops.library import built_for, constant
 
@@ -27,7 +28,8 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float, alibi_sl
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.float().contiguous()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if backward or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):  # refused, or it would be 0
         return KernelAttention.apply(q, k, v, rows, alibi_slopes, scale)
     return torch.ops.dsvlm.git_attention_forward(q, k, v, rows, alibi_slopes, scale)[0]
 

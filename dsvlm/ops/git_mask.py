@@ -62,6 +62,7 @@ class GitMask:
             n[:, None] if isinstance(n, Tensor) else torch.full((1, 1), n, device=device)
             for n in (image_lens, text_lens)
         )
+        _check_lengths(images, texts, images if image_slots is None else image_slots, seq_len)
         image = torch.zeros_like(images) if padding == "right" or image_slots is not None else seq_len - images - texts
         text = image + (images if image_slots is None else image_slots) if padding == "right" else seq_len - texts
         position = torch.arange(seq_len, device=device)
@@ -79,6 +80,12 @@ class GitMask:
         segment_ids: [B, S] int64, -1 = padding, also between tokens of a segment; is_image: [B, S] bool;
         packed: False promises one segment per row.
         """
+        shapes = segment_ids.shape, (1, *segment_ids.shape[1:])
+        if segment_ids.dim() != 2 or is_image.shape not in shapes or is_image.dtype != torch.bool:
+            raise ValueError(
+                f"GitMask.from_segments: segment_ids {segment_ids.dtype} {tuple(segment_ids.shape)} and is_image "
+                f"{is_image.dtype} {tuple(is_image.shape)}; expected integers [B, S] and torch.bool [B or 1, S]"
+            )
         live = segment_ids >= 0
         start, end = _runs(segment_ids, live)
         position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
@@ -169,6 +176,21 @@ class GitMask:
             lists += [visited.sum(dim=-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]]
         lengths = (self.rows.shape[1], self.kv_len)
         return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_TILE, mask_mod=self.mask_mod(), seq_lengths=lengths)
+
+
+def _check_lengths(images: Tensor, texts: Tensor, slots: Tensor | int, seq_len: int) -> None:
+    """Values on the CPU alone: a device would have to be waited for, and a compiled graph has none yet."""
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    misfit = (images < 0) | (texts < 0) | (images > slots) | (slots + texts > seq_len)
+    if misfit.any():
+        row = int(misfit.flatten().long().argmax())
+        counts = (int(n.expand_as(misfit)[row]) for n in (images, texts))
+        raise ValueError(
+            "GitMask.from_lengths: row {}: {} image tokens and {} text tokens do not fit seq_len {}{}".format(
+                row, *counts, seq_len, f" with image_slots {slots}" if isinstance(slots, int) else ""
+            )
+        )
 
 
 def _masked(rows: Tensor, live: Tensor) -> Tensor:

@@ -33,5 +33,16 @@ def expert_capacity(
     return min(max(rows, minimum), tokens)
 
 
+def most_pools(experts: int) -> int:
+    """Pools, each a modality too, that one `moe_route` takes on every device.
+
+    On CUDA a block keeps sums of each modality in its shared memory, of which the least devices have 96 KiB, and there
+    are at most 8192 pairs of an expert and a pool (csrc/moe_routing/gate.cuh, route.cuh).
+    """
+    tables = 4 if experts <= 64 else 2 if experts <= 128 else 1  # of a block of 32 threads
+    of_each = tables * (2 * -(-experts // 4) * 4 + 2) + experts
+    return max(1, min(256, (96 * 1024 // 4 - 3 * tables - 1) // of_each))
+
+
 def _ceil(value: float) -> int:
     return int(-(-value // 1))

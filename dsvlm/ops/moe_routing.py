@@ -16,6 +16,7 @@ from dsvlm.ops.moe_kernel import Combine, Permute, Route, kernel_refuses
 BACKENDS = ("auto", "kernel", "torch")
 POLICIES = ("bpr", "position", "probs")
 SLOT_ORDERS = ("token", "priority")
+MOST_ROWS = 2**31 - 2  # numbered in 32 bits; a larger capacity is no other than this one
 
 
 class Routing(NamedTuple):
@@ -87,10 +88,14 @@ def moe_route(
             )
         pool = modality
     bound = rows_bound(tokens, experts, k, limits, align)
-    if max_rows is None:
-        max_rows = bound
-    elif max_rows < bound:
+    max_rows = bound if max_rows is None else _whole("max_rows", max_rows)
+    if max_rows < bound:
         raise ValueError(f"moe_route: max_rows={max_rows}, but {bound} rows may be needed; see rows_bound")
+    if max_rows > MOST_ROWS:
+        raise ValueError(
+            f"moe_route: {max_rows} rows (max_rows, or what align={align} makes of {tokens} tokens) cannot be numbered "
+            f"in 32 bits; expected at most {MOST_ROWS}"
+        )
     for name, given, shape in (
         ("noise", noise, (tokens, experts)),
         ("modality", modality, (tokens,)),
@@ -106,7 +111,7 @@ def moe_route(
         _check_numbers(name, given, below)
     noise = None if noise is None else noise.detach().to(torch.promote_types(logits.dtype, torch.float32))
     if _served_by_kernel("moe_route", backend, logits):
-        modality, pool = (x if x is None else x.to(torch.uint8) for x in (modality, pool))
+        modality, pool = (x if x is None else _in_bytes(x) for x in (modality, pool))
         logits, *given = (x if x is None else x.contiguous() for x in (logits, noise, modality, valid, pool))
         sizes = k, limits, max_rows, align, policy, slot_order, renormalize, num_modalities, load_sigma
         return Routing(*Route.apply(logits, *given, *sizes))
@@ -127,8 +132,11 @@ def moe_permute(x: Tensor, src: Tensor, slot: Tensor, *, backend: str = "auto") 
 
     x: [N, d]; src: [max_rows], slot: [N, K] of a `Routing`.
     """
-    if x.dim() != 2 or slot.dim() != 2 or slot.shape[0] != x.shape[0]:
-        raise ValueError(f"moe_permute: x {list(x.shape)}, slot {list(slot.shape)}; expected [N, d] and [N, K]")
+    if x.dim() != 2 or src.dim() != 1 or slot.dim() != 2 or slot.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"moe_permute: x {list(x.shape)}, src {list(src.shape)} and slot {list(slot.shape)} do not fit; expected "
+            "[N, d], [max_rows], [N, K]"
+        )
     same_device("moe_permute", x.device, src=src, slot=slot)
     if _served_by_kernel("moe_permute", backend, x):
         return Permute.apply(x.contiguous(), src.contiguous(), slot.contiguous())
@@ -163,9 +171,10 @@ def rows_bound(tokens: int, experts: int, k: int, capacity: int | Sequence[int],
 
 def _limits(capacity: int | Sequence[int]) -> tuple[int, ...]:
     try:
-        return tuple(map(index, capacity)) if isinstance(capacity, Sequence) else (index(capacity),)
+        limits = tuple(map(index, capacity)) if isinstance(capacity, Sequence) else (index(capacity),)
     except TypeError:
         raise ValueError(f"moe_route: capacity={capacity!r}; expected an integer, or a list of them") from None
+    return tuple(min(limit, MOST_ROWS) for limit in limits)
 
 
 def _whole(name: str, value: int) -> int:
@@ -181,9 +190,17 @@ def _check_numbers(name: str, given: Tensor | None, below: int) -> None:
         raise ValueError(f"moe_route: {name} is {given.dtype}, expected integers")
     if given is None or not given.numel() or given.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    least, most = (int(x) for x in given.aminmax())
+    least, most = (int(x) for x in given.long().aminmax())
     if least < 0 or most >= below:
         raise ValueError(f"moe_route: {name} has numbers from {least} to {most}, expected 0 to {below - 1}")
+
+
+def _in_bytes(numbers: Tensor) -> Tensor:
+    """As uint8; what does not fit, where nobody could look, is 255, which the op refuses or takes for the last one."""
+    if numbers.dtype in (torch.uint8, torch.bool):
+        return numbers.to(torch.uint8)
+    numbers = numbers.long()
+    return torch.where((numbers >= 0) & (numbers < 255), numbers, 255).to(torch.uint8)
 
 
 def _served_by_kernel(name: str, backend: str, x: Tensor) -> bool:

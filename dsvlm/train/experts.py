@@ -19,7 +19,7 @@ def share_experts(model: GitVlm, recipe: Recipe) -> None:
 
     if not recipe.train.expert_parallel or dist.get_world_size() == 1:
         return
-    from dsvlm.model.moe import ALIGN, MOST_GROUPS
+    from dsvlm.model.moe import ALIGN, most_groups
     from dsvlm.model.moe_parallel import ExpertParallel
     from dsvlm.model.moe_place import moe_layers
     from dsvlm.ops import expert_capacity
@@ -27,7 +27,8 @@ def share_experts(model: GitVlm, recipe: Recipe) -> None:
     moe, train, tokens = recipe.model.moe, recipe.train, model.vision.tokens
     images = 1 + (train.micro_tokens // tokens if train.micro_tokens else train.micro_batch)  # with a stand-in
     room = expert_capacity(tokens, moe.experts, moe.k, moe.capacity_factor)
-    rows = -(-images * room // ALIGN) * ALIGN + images // MOST_GROUPS * ALIGN  # each routing call aligns its own
+    calls = images // most_groups(moe.experts)  # of routing, beside one; each aligns its own rows
+    rows = -(-images * room // ALIGN) * ALIGN + calls * ALIGN
     parallel = ExpertParallel(dist.group.WORLD, moe.experts, rows)
     for layer in moe_layers(model):
         layer.parallel = parallel

@@ -122,6 +122,45 @@ def test_bool_rows_of_nothing_give_zero_and_dropout_works(models):
     assert torch.equal(attention(None, q, q, q, seen, dropout=1.0)[0], torch.zeros_like(out))
 
 
+def test_autocast_is_that_of_torch_s_attention(models):
+    """Also where a model hands over queries and values of two types, as LLaMA does."""
+    ours, eager = models
+    mask, tokens = packed_mask(), torch.randint(1, 50, (2, 10))
+    given = {"attention_mask": mask.as_hf(), "position_ids": mask.position_ids(), "use_cache": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(tokens, **given).logits
+    expected = ours(tokens, **given).logits
+    assert found.dtype == torch.bfloat16
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    assert copy.deepcopy(ours).to("meta")(tokens.to("meta"), **on_meta).logits.shape == (2, 10, 50)
+    torch.testing.assert_close(found[mask.live].float(), expected[mask.live], rtol=0.1, atol=0.2)
+
+
+@torch.no_grad()
+def test_hidden_states_are_there_when_asked_for(models):
+    ours, tokens = models[0], torch.randint(1, 50, (2, 5))
+    found, expected = (m(tokens, output_hidden_states=True).hidden_states for m in models)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for given in ({}, {"input_ids": tokens, "inputs_embeds": ours.get_input_embeddings()(tokens)}):
+        with pytest.raises(ValueError, match="one of input_ids (or|and) inputs_embeds"):
+            ours(**given)
+
+
+@torch.no_grad()
+def test_float_masks_of_a_wider_type_hide_and_no_more(models, kind):
+    """The least fp32 number is none of bf16: rows of padding would become NaN, and by values of weight 0 all others."""
+    ours, eager = (m.bfloat16() for m in models)
+    tokens, seen = torch.randint(1, 50, (2, 7)), torch.ones(2, 1, 7, 7).bool().tril()
+    seen[1, ..., :3] = False
+    mask = torch.zeros(2, 1, 7, 7).masked_fill(~seen, torch.finfo(torch.float32).min)
+    positions = torch.tensor([range(7), [0, 0, 0, 0, 1, 2, 3]])
+    found = ours(tokens, attention_mask=mask, position_ids=positions).logits
+    expected = eager(tokens, attention_mask=~seen if kind == "mpt" else mask, position_ids=positions).logits
+    assert found.isfinite().all()
+    keep = seen.any(dim=-1)[:, 0]
+    torch.testing.assert_close(found[keep], expected[keep], rtol=0.1, atol=0.1)
+
+
 def test_silent_mistakes_are_errors():
     ours, _ = build("opt")
     tokens = torch.randint(1, 50, (1, 6))

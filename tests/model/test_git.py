@@ -1,6 +1,7 @@
 """GitVlm against the model written out plainly: each row alone, eager attention, the dense mask of the article."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.mpt.modeling_mpt import MptAttention, MptModel
+
+from dsvlm.config import MoeConfig, MoeLosses
 
 
 def plain_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -226,3 +229,16 @@ def test_a_few_steps_learn_the_batch(tools, kind, recompute):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_routing_losses_that_recomputation_would_cut_off_are_refused(tools):
+    """The first forward of a reentrant checkpoint knows no gradients, and it is the first that tells of the routing."""
+    losses = {"image": MoeLosses(), "text": MoeLosses(z=0.1)}
+    model = tools.build(tools.recipe(moe=MoeConfig(("vision", "decoder"), "every 1", experts=2, **losses))).train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="losses of decoder0, decoder1, vision.* no gradient.*'use_reentrant': False"):
+        model(tools.collate(tools.mixed))
+    with torch.no_grad():
+        model(tools.collate(tools.mixed))
+    model.experts = replace(model.experts, text=MoeLosses())
+    model(tools.collate(tools.mixed))["loss_sum"].backward()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsvlm.ops import GitMask, git_attention
@@ -281,6 +282,8 @@ def test_refuses_what_would_be_read_wrongly(backend):
             git_attention(q, k, v, elsewhere, backend=backend, **more)
     with pytest.raises(ValueError, match="v is on meta"):
         git_attention(q, k, v.to("meta"), mask, backend=backend)
+    with pytest.raises(ValueError, match="scale is a number, found a tensor; multiply q"):
+        git_attention(q, k, v, mask, backend=backend, scale=torch.nn.Parameter(torch.tensor(0.3)))
     for dropout in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=f"dropout={dropout}; expected a probability"):
             git_attention(q, k, v, mask, backend=backend, dropout=dropout)
@@ -295,6 +298,16 @@ def test_nothing_gives_nothing(backend, batch, width):
     q = torch.randn(batch, width, 2, 8)
     mask = GitMask.from_lengths(min(2, width), max(0, width - 2), width)
     assert git_attention(q, q, q, mask, backend=backend).shape == q.shape
+
+
+@needs_kernel
+@pytest.mark.parametrize("backend", ["auto", "kernel"])
+def test_forward_derivatives_are_refused(backend):
+    """Not 0: the op has none, and where nothing asks for a gradient autograd knows nothing of it."""
+    mask = GitMask.from_lengths(IMAGES, TEXTS, WIDTH)
+    q, k, v = inputs()
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        git_attention(q.detach(), k.detach(), forward_ad.make_dual(v.detach(), v.detach()), mask, backend=backend)
 
 
 @needs_kernel

@@ -339,6 +339,18 @@ def test_compiles_to_one_graph():
     assert same(*results)
 
 
+def test_numbers_that_do_not_fit_a_byte_become_no_others_where_nobody_can_look():
+    """A compiled graph has no values to check: 256 must not become 0 on its way to the op."""
+    compiled = torch.compile(
+        lambda m: moe_route(torch.zeros(4, 3), k=1, capacity=2, modality=m, num_modalities=2).ent_sum,
+        fullgraph=True, backend="eager",
+    )  # fmt: skip
+    compiled(torch.tensor([0, 1, 0, 1]))
+    for wrong in (256, -256, -1, 2**40):
+        with pytest.raises(RuntimeError, match="modality of token 3 is 255, expected less than 2"):
+            compiled(torch.tensor([0, 1, 0, wrong]))
+
+
 def test_the_op_refuses_what_would_read_out_of_bounds():
     def route(modality, pool):
         assert has_kernel("cpu")

@@ -314,14 +314,21 @@ def test_refuses(backend):
         ({"valid": torch.ones(4, device="meta").bool()}, "valid is on meta, the others are on cpu"),
         ({"noise": torch.zeros(4, 3, device="meta")}, "noise is on meta"),
         ({"modality": torch.zeros(4, device="meta").int()}, "modality is on meta"),
-        ({"pool": torch.zeros(4, device="meta").int()}, "pool is on meta"),
+        ({"pool": torch.zeros(4, device="meta").int()}, "pool is on meta"), ({"max_rows": 24.0}, "max_rows=24.0"),
+        ({"max_rows": 2**63}, f"{2**63} rows .*numbered in 32 bits"), ({"align": 2**70}, f"align={2**70} makes of 4"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             route(**changes)
+    for capacity in (2**31, 2**63, 2**70):
+        assert all(torch.equal(a, b) for a, b in zip(route(capacity=capacity), route(capacity=4), strict=True))
+    small = {"modality": torch.tensor([0, 1, 1, 0]).to(torch.uint16), "num_modalities": 2}
+    assert torch.equal(route(**small).ent_sum, route(**small | {"modality": small["modality"].long()}).ent_sum)
     routing = route(max_rows=30)
     assert routing.src.shape == (30,)
     with pytest.raises(ValueError, match="moe_permute"):
         moe_permute(drawn(3, 2), routing.src, routing.slot, backend=backend)
+    with pytest.raises(ValueError, match="moe_permute.*src .30, 1."):
+        moe_permute(drawn(4, 2), routing.src[:, None], routing.slot, backend=backend)
     with pytest.raises(ValueError, match="moe_combine"):
         moe_combine(drawn(3, 2), routing.weight, routing.slot, routing.src, backend=backend)
     for name in ("src", "slot"):

@@ -45,6 +45,11 @@ def attention(
             f"{NAME}: {type(module).__name__} passed {', '.join(unknown)}, which git_attention does not have; use "
             "attn_implementation='eager'"
         )
+    device = query.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and query.dtype != torch.float64:
+        # as torch's own attention does: LLaMA's rotations leave queries and keys in fp32, values in bf16
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     queries, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None:
         if queries > 1 and getattr(module, "is_causal", True):
@@ -81,7 +86,10 @@ def dense(
     """Attention under a dense mask, as in `attention`; with a bool one, queries that may attend to nothing give 0."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     live = mask.any(dim=-1) if mask.dtype == torch.bool else torch.ones_like(mask[..., 0], dtype=torch.bool)
-    safe = mask | ~live[..., None] if mask.dtype == torch.bool else mask.to(query.dtype)
+    if mask.dtype == torch.bool:
+        safe = mask | ~live[..., None]
+    else:  # the least number of a wider type would become -inf, and a row of nothing else NaN
+        safe = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
     if dropout > 0.0 or alibi_slopes is not None:
         out = math(query, key, value, safe, scaling, alibi_slopes, dropout)
     else:

@@ -43,18 +43,28 @@ class GitMptModel(MptModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, S] or inputs_embeds [B, S, D]; position_ids are ignored: ALiBi knows distances only."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("MPT: expected one of input_ids and inputs_embeds, found both or neither")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
         mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values)
         slopes = alibi_slopes(self.num_heads, hidden.device)
+        states = ()
         for block in self.blocks:
+            states += (hidden,) if wanted else ()
             hidden = block(hidden, position_bias=slopes, attention_mask=mask, layer_past=past_key_values)[0]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm_f(hidden), past_key_values=past_key_values)
+        hidden = self.norm_f(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=past_key_values,
+            hidden_states=(*states, hidden) if wanted else None,
+        )  # fmt: skip
 
 
 class GitMptAttention(MptAttention):
