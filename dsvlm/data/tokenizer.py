@@ -165,3 +165,16 @@ def add_locations(tokenizer, bins: int) -> None:
     # Not special: they are words of an answer, and decoding must keep them.
     tokens = [AddedToken(token, normalized=False, special=False) for token in location_tokens(bins)]
     tokenizer.add_tokens(tokens)
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory holds a tokenizer, in any of Hugging Face's formats."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+    return any((Path(directory) / name).is_file() for name in names)
+
+
+def tokenizer_has_locations(directory: str | Path, bins: int) -> bool:
+    """Whether a tokenizer has the location tokens of `bins` bins of its own; added tokens are in one of these files."""
+    paths = [Path(directory) / name for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")]
+    last = f'"{location_tokens(bins)[-1]}"'
+    return any(last in path.read_text(encoding="utf-8") for path in paths if path.is_file())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,14 +34,16 @@ CLIP_UNREAD = ("text_model.", "text_projection.", "visual_projection.", "logit_s
 
 def build_model(
     config: ModelConfig, *, vocab_size: int, pad_id: int, bos_id: int, eos_id: int, heads: dict[str, int], seed: int,
-    boxes: Sequence[str] = (),
+    boxes: Sequence[str] = (), learnt: bool = True, begun: Collection[str] = (),
 ) -> GitVlm:  # fmt: skip
     """The model of a recipe, its parameters frozen and adapted as it says; the caller's random state is not touched.
 
     vocab_size: tokens of the tokenizer, for which embedding rows are added where the decoder has fewer;
-    heads: classes per head of the bank, in the order of `Batch.head`; boxes: tasks that read or write location tokens.
-    Sizes that conflict, weights missing from or left over in a checkpoint, and added rows that such tasks need but that
-    would not train, are a ValueError.
+    heads: classes per head of the bank, in the order of `Batch.head`; boxes: tasks that read or write location tokens;
+    learnt: whether a checkpoint has learnt those that it has rows for, as vocabularies rounded up do; begun: names of
+    parameters that an earlier run has trained.
+    Sizes that conflict, weights missing from or left over in a checkpoint, and rows that such tasks need but that would
+    not train, are a ValueError.
     """
     register()
     tokens = {"pad_token_id": pad_id, "bos_token_id": bos_id, "eos_token_id": eos_id}
@@ -75,8 +77,8 @@ def build_model(
         if config.lora is not None:
             apply_lora(model, config.lora)
     apply_freezing(model, config.freeze, config.train)
-    if added and boxes:
-        check_added_rows(model, added, boxes)
+    if boxes and (added or not learnt):
+        check_location_rows(model, added, boxes, begun)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
@@ -152,15 +154,22 @@ def quiet_reports():
         logger.setLevel(level)
 
 
-def check_added_rows(model: GitVlm, added: int, tasks: Sequence[str]) -> None:
-    """ValueError if rows that were added for location tokens are frozen: they start alike, and would stay so."""
+def check_location_rows(model: GitVlm, added: int, tasks: Sequence[str], begun: Collection[str]) -> None:
+    """ValueError if rows of location tokens are frozen that nothing has trained: they start alike, and would stay so.
+
+    added: rows that the checkpoint does not have; begun: names of parameters that an earlier run has trained.
+    """
     ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    frozen = [name for name, p in model.named_parameters() if id(p) in ends and not p.requires_grad]
+    frozen = [
+        name for name, p in model.named_parameters() if id(p) in ends and not p.requires_grad and name not in begun
+    ]
     if frozen:
+        what = f"the decoder got {added} rows for tokens that its checkpoint does not have, location tokens among them"
+        if not added:
+            what = "the decoder's checkpoint has rows to spare for location tokens, but has not learnt these tokens"
         raise ValueError(
-            f"model.train: the decoder got {added} rows for tokens that its checkpoint does not have, location tokens "
-            f"among them, but model.lora or model.freeze keeps {' and '.join(frozen)} as they are, so that task "
-            f"{', '.join(tasks)} could not tell places apart; add {', '.join(map(repr, frozen))} to model.train"
+            f"model.train: {what}, but model.lora or model.freeze keeps {' and '.join(frozen)} as they are, so that "
+            f"task {', '.join(tasks)} could not tell places apart; add {', '.join(map(repr, frozen))} to model.train"
         )
 
 

@@ -3,7 +3,10 @@
 They are part of a run by what is in them, wherever they lie.
 """
 
+import json
 from pathlib import Path
+
+import yaml
 
 from dsvlm.config import Recipe
 from dsvlm.data.checksum import crc32
@@ -12,6 +15,7 @@ from dsvlm.train.build import make_model
 from dsvlm.train.checkpoint import complete_checkpoints, is_complete, read_tensors
 
 PIECE = 2**24  # bytes read at a time
+COMPLETE = "COMPLETE.json"
 
 
 def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
@@ -19,39 +23,90 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
 
     Raises ValueError when they are of another vocabulary, or one of them has no place in the model.
     """
-    checkpoint = start_checkpoint(recipe)
-    model = make_model(recipe, codec, trains and checkpoint is None)  # what is frozen now may have been trained before
-    if checkpoint is None:
+    checkpoints = start_checkpoints(recipe)
+    begun = set().union(*map(names_of, checkpoints))
+    model = make_model(recipe, codec, trains, begun)
+    if not checkpoints:
         return model
-    tokenizer = checkpoint.parents[1] / "tokenizer"
+    tokenizer = checkpoints[0].parents[1] / "tokenizer"
     if not tokenizer.is_dir() or load_tokenizer(tokenizer, recipe.text.bins).hash() != codec.hash():
         raise ValueError(f"model.start_from: it has another vocabulary than this run; set text.tokenizer: {tokenizer}")
-    # What LoRA has wrapped since goes by its old name.
-    places = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
-    for name, tensor in read_tensors(checkpoint, "weights"):
-        place = places.get(name.replace(".base_layer.", "."))
-        if place is None or place.shape != tensor.shape:
-            found = "no such parameter" if place is None else f"there the shape {list(place.shape)}"
-            raise ValueError(
-                f"model.start_from: {checkpoint} holds {name} {list(tensor.shape)}, and this model has {found}: it "
-                "must have all that was trained there (tasks with heads, experts, adapters and sizes alike)"
-            )
-        place.data.copy_(tensor)
+    places = {plain(name): parameter for name, parameter in model.named_parameters()}
+    for checkpoint in reversed(checkpoints):  # what a later run has trained again is that run's
+        for name, tensor in read_tensors(checkpoint, "weights"):
+            place = places.get(plain(name))
+            if place is None or place.shape != tensor.shape:
+                found = "no such parameter" if place is None else f"there the shape {list(place.shape)}"
+                raise ValueError(
+                    f"model.start_from: {checkpoint} holds {name} {list(tensor.shape)}, and this model has {found}: it "
+                    "must have all that was trained there (tasks with heads, experts, adapters and sizes alike)"
+                )
+            place.data.copy_(tensor)
     return model
 
 
-def start_checkpoint(recipe: Recipe) -> Path | None:
-    """The checkpoint of an earlier run to begin with: one that is given, or the newest of a run that is."""
+def plain(name: str) -> str:
+    """A parameter's name without LoRA: what has been wrapped since goes by its old name."""
+    return name.replace(".base_layer.", ".")
+
+
+def names_of(checkpoint: Path) -> set[str]:
+    """Plain names of the parameters that a checkpoint holds."""
+    from safetensors import safe_open
+
+    names = set()
+    for path in checkpoint.glob("weights-*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            names.update(map(plain, tensors.keys()))
+    return names
+
+
+def start_checkpoints(recipe: Recipe) -> list[Path]:
+    """The checkpoints that a run begins with, the newest first: that of `model.start_from`, and what is beneath it.
+
+    A run's checkpoint has nothing of what the run kept frozen: where an earlier one, with which it began in turn, had
+    trained that, it is there.
+    """
     if recipe.model.start_from is None:
-        return None
-    given = Path(recipe.model.start_from).resolve()
-    found = [given] if is_complete(given) else complete_checkpoints(given)
+        return []
+    found = [start_checkpoint(recipe.model.start_from)]
+    known, run_dir, seen = names_of(found[0]), found[0].parents[1], set()
+    while run_dir not in seen and (given := began_with(run_dir)) is not None:
+        seen.add(run_dir)
+        try:
+            checkpoint = start_checkpoint(given)
+        except ValueError as error:
+            raise ValueError(f"{error} ({run_dir}/recipe.yaml has it: that run began there)") from None
+        record = json.loads((run_dir / "run.json").read_text()).get("pretrained", {}).get("model.start_from")
+        if record and record[COMPLETE] != f"{crc_of(checkpoint / COMPLETE):08x}":
+            raise ValueError(
+                f"model.start_from: {checkpoint} is not what {run_dir} began with; set model.start_from in "
+                f"{run_dir}/recipe.yaml to the checkpoint that it was"
+            )
+        if not (names := names_of(checkpoint)) <= known:
+            found.append(checkpoint)
+        known, run_dir = known | names, checkpoint.parents[1]
+    return found
+
+
+def start_checkpoint(given: str) -> Path:
+    """The checkpoint of an earlier run to begin with: one that is given, or the newest of a run that is."""
+    path = Path(given).resolve()
+    found = [path] if is_complete(path) else complete_checkpoints(path)
     if not found:
         raise ValueError(
-            f"model.start_from: {given} holds no complete checkpoint; give the directory of a run, or one of its "
+            f"model.start_from: {path} holds no complete checkpoint; give the directory of a run, or one of its "
             "checkpoints/step_..."
         )
     return found[-1]
+
+
+def began_with(run_dir: Path) -> str | None:
+    """The `model.start_from` of an earlier run; ValueError when its recipe is gone."""
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(f"model.start_from: {run_dir} has no recipe.yaml, which says what it began with; restore it")
+    return yaml.safe_load(path.read_text())["model"].get("start_from")
 
 
 def check_places(recipe: Recipe) -> None:
@@ -62,16 +117,21 @@ def check_places(recipe: Recipe) -> None:
                 f"{field}: {directory} holds no config.json: give the local directory of a downloaded Hugging Face "
                 "checkpoint; of a run that has been moved, RUN/recipe.yaml has the field"
             )
-    start_checkpoint(recipe)
+    start_checkpoints(recipe)
 
 
 def contents(recipe: Recipe) -> dict[str, dict[str, str]]:
     """crc32 of the files that decide what the model begins with, by the recipe's field."""
     check_places(recipe)
-    files = {field: weights_of(directory) for field, directory in places(recipe).items()}
-    if checkpoint := start_checkpoint(recipe):
-        files["model.start_from"] = [checkpoint / "COMPLETE.json"]  # which has the sha256 of the others
-    return {field: {path.name: f"{crc_of(path):08x}" for path in paths} for field, paths in files.items()}
+    files = {
+        field: {path.name: path for path in weights_of(directory)} for field, directory in places(recipe).items()
+    }
+    if checkpoints := start_checkpoints(recipe):  # of each the file that has the sha256 of the others
+        files["model.start_from"] = {
+            COMPLETE + " of a run before" * number: checkpoint / COMPLETE
+            for number, checkpoint in enumerate(checkpoints)
+        }
+    return {field: {name: f"{crc_of(path):08x}" for name, path in named.items()} for field, named in files.items()}
 
 
 def check_contents(recipe: Recipe, record: dict[str, dict[str, str]] | None) -> dict[str, dict[str, str]]:

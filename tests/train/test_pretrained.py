@@ -191,6 +191,59 @@ def test_a_second_stage_begins_with_the_weights_of_the_first(root, tmp_path, nam
         begin(stage_of(root, tmp_path / "second", tmp_path / "other", lora={"targets": ["q_proj"], "r": 2}))
 
 
+def test_a_third_stage_has_what_the_first_trained_and_the_second_froze(root, tmp_path):
+    """It is in no checkpoint of the second."""
+    lora = {"lora": {"targets": ["q_proj"], "r": 2}}
+    first = stage_of(root, tmp_path / "first", None, freeze=["^vision", "^decoder"])
+    connector = save_weights(first, "^connector")
+    second = stage_of(root, tmp_path / "second", first.run_dir, freeze=["^vision", "^connector"], **lora)
+    adapters = save_weights(second, "lora", seed=4)
+    third = stage_of(root, tmp_path / "third", second.run_dir, **lora)
+    model = dict(begin_model(third, load_tokenizer(root / "tokenizer", third.text.bins)).named_parameters())
+    assert all(torch.equal(model[name].data, tensor) for name, tensor in (connector | adapters).items())
+    begin(third)
+    record = json.loads((third.run_dir / "run.json").read_text())["pretrained"]["model.start_from"]
+    assert list(record) == ["COMPLETE.json", "COMPLETE.json of a run before"]
+    save_weights(stage_of(root, tmp_path / "other", None, freeze=["^vision", "^decoder"]), seed=5)
+    shutil.move(first.run_dir, tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"first holds no complete .*second/recipe.yaml has it: that run began there"):
+        check_start(plan_run(third))
+    shutil.move(tmp_path / "other", first.run_dir)
+    with pytest.raises(ValueError, match="step_00000001 is not what .*second began with; set model.start_from in"):
+        check_start(plan_run(third))
+
+
+def test_rows_of_location_tokens_must_have_been_trained_somewhere(root, tmp_path):
+    """Of a checkpoint that has rows to spare, too, and after an earlier run that kept them as they were."""
+    vocab = load_tokenizer(root / "tokenizer", RAW["text"]["bins"]).size
+    plain = json.loads((root / "tokenizer/tokenizer.json").read_text())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<loc_")]
+    (root / "llama/tokenizer.json").write_text(json.dumps(plain))
+    shutil.copy(root / "tokenizer/tokenizer_config.json", root / "llama")
+
+    def attempt(name, start_from=None, **model):
+        recipe = stage_of(root, tmp_path / name, start_from, **model).to_dict()
+        recipe["tasks"]["question"] |= {"type": "classify"}
+        recipe = parse_recipe(recipe)
+        codec = load_tokenizer(root / "llama", recipe.text.bins)
+        assert codec.size == vocab
+        return lambda: begin_model(recipe, codec)
+
+    lora, ends = {"lora": {"targets": ["q_proj"], "r": 2}}, ["embed_tokens", "lm_head"]
+    message = "has not learnt these tokens.*task question .*add 'decoder.model.embed_tokens.weight', 'decoder.lm_head"
+    with pytest.raises(ValueError, match=message):
+        attempt("alone", **lora)()
+    attempt("alone", **lora, train=ends)()
+    frozen = {"freeze": ["^vision", "^decoder"]}
+    save_weights(stage_of(root, tmp_path / "connector", None, **frozen), "^connector")
+    save_weights(stage_of(root, tmp_path / "rows", None, **frozen, train=ends), "embed_tokens|lm_head")
+    with pytest.raises(ValueError, match=message):
+        attempt("second", tmp_path / "connector", **lora)()
+    attempt("second", tmp_path / "rows", **lora)()
+    shutil.copy(root / "tokenizer/tokenizer.json", root / "llama")  # as a checkpoint that was trained with boxes
+    attempt("alone", **lora)()
+
+
 def test_a_second_stage_with_the_adapters_of_the_first(root, tmp_path, monkeypatch):
     lora = {"lora": {"targets": ["q_proj"], "r": 2}, "train": [r"base_layer\.weight$"]}
     trained = save_weights(stage_of(root, tmp_path / "first", None, **lora), "q_proj")
