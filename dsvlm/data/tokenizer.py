@@ -86,8 +86,10 @@ class TextCodec(Encoder):
         bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         control = {bos, eos, pad} - {tokenizer.unk_token_id}
-        # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself.
-        space = " " if tokenizer.tokenize("a") != tokenizer.tokenize(" a") else ""
+        # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself, and
+        # LLaMA's form of it another one to any that is there.
+        alone, spaced, pair = map(tokenizer.tokenize, ("a", " a", "a a"))
+        space = " " if alone != spaced and alone + alone != pair else ""
         backend = tokenizer.backend_tokenizer
         super().__init__(backend, bins, bos_id=bos, eos_id=eos, pad_id=pad, control=control, space=space)
         self.size = len(tokenizer)

@@ -133,6 +133,21 @@ def byte_level_codec():
     return TextCodec(tokenizer, 8)
 
 
+def test_targets_begin_as_in_a_text_where_a_space_is_added_to_every_text():
+    """LLaMA's normaliser, as in checkpoints whose tokenizer is of no class of its own."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(("<unk>", "</s>", "\u2581", "a", "b", "\u2581a", "\u2581b"))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("\u2581", "a"), ("\u2581", "b")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    add_locations(tokenizer, 8)
+    codec = TextCodec(tokenizer, 8)
+    row = encode_sample(Sample((Text("a b"), Text("b a", loss=True))), codec, 64, encoder_decoder=False)
+    assert row.ids[1:-1] == codec.tokenizer("a b b a", add_special_tokens=False)["input_ids"]
+
+
 def test_byte_level_targets_start_with_their_space():
     codec = byte_level_codec()
     assert codec.space == " "
