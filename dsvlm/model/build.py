@@ -54,7 +54,7 @@ def build_model(
         decoder = _decoder(kind, config.decoder, vocab_size, tokens)
         added = max(0, vocab_size - decoder.config.vocab_size)
         if added:
-            decoder.resize_token_embeddings(vocab_size)
+            add_rows(decoder, vocab_size)
         model = GitVlm(
             GitVlmConfig(
                 decoder_kind=config.decoder.kind,
@@ -105,6 +105,7 @@ def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[st
             kind.model, config.pretrained, kind.attention, "model.decoder.pretrained", TYPES[config.kind]
         )
         check_decoder(decoder.config)
+        decoder.get_input_embeddings().padding_idx = None  # its row may be one that is read here, and has to train
     if decoder.config.is_encoder_decoder:  # what training writes there, whatever a checkpoint was pretrained with
         decoder.config.decoder_start_token_id = tokens["pad_token_id"]
     return decoder
@@ -140,6 +141,19 @@ def load_pretrained(
             shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
             raise ValueError(f"{where}: {directory}: {state} weights for {model_class.__name__}: {shown}")
     return model
+
+
+def add_rows(decoder: PreTrainedModel, vocab_size: int) -> None:
+    """Adds rows to the embeddings, and to a head of its own: that of T5 1.1, Flan-T5 and mT5, too.
+
+    Their configurations say in Transformers 5 that it is tied, which loading does not heed where the checkpoint has a
+    head, and resizing does: the checkpoint's would be gone without a word.
+    """
+    config = decoder.config
+    said = config.tie_word_embeddings
+    config.tie_word_embeddings = decoder.get_input_embeddings().weight is decoder.get_output_embeddings().weight
+    decoder.resize_token_embeddings(vocab_size)
+    config.tie_word_embeddings = said
 
 
 @contextmanager

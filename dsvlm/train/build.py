@@ -255,7 +255,21 @@ def make_model(recipe: Recipe, codec: TextCodec, trains: bool = True, begun: Col
         heads=head_sizes(recipe), seed=recipe.seed, boxes=boxes, begun=begun,
         learnt=not boxes or has_learnt_locations(recipe),
     )  # fmt: skip
+    if trains:
+        check_positions(model.decoder.config, model.vision.tokens, recipe.text.max_length)
     return model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.dtype])
+
+
+def check_positions(decoder, image: int, text: int) -> None:
+    """ValueError when the longest row has no positions in a table whose size, or that of images, a checkpoint tells.
+
+    One such sample would end the run in its midst. Positions that are no table have no end.
+    """
+    if decoder.model_type == "opt" and image + text > (room := decoder.max_position_embeddings):
+        raise ValueError(
+            f"text.max_length: {text} tokens after {image} image tokens are more than the decoder's "
+            f"max_position_embeddings ({room}); lower text.max_length to {max(room - image, 0)}"
+        )
 
 
 def has_learnt_locations(recipe: Recipe) -> bool:

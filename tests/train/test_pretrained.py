@@ -8,7 +8,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from dsvlm.config import parse_recipe
 from dsvlm.data.convert.scenes import make_scenes
@@ -143,6 +150,18 @@ def test_the_kind_of_a_checkpoint_is_told(root, tmp_path):
     opt = replace(recipe.model, decoder=replace(recipe.model.decoder, kind="opt"))
     with pytest.raises(ValueError, match="type 'llama', expected opt; set model.decoder.kind: llama"):
         make_model(replace(recipe, model=opt), codec)
+
+
+def test_positions_of_a_checkpoint_bound_the_text(root, tmp_path):
+    """Without a word before, the first sample that is too long would end the run."""
+    sizes = DECODERS["opt"] | {"max_position_embeddings": 40}
+    OPTForCausalLM(OPTConfig(**sizes, vocab_size=64)).save_pretrained(root / "opt")
+    codec = load_tokenizer(root / "tokenizer", RAW["text"]["bins"])
+    recipe = recipe_of(root, tmp_path / "run")
+    opt = replace(recipe.model, decoder=replace(recipe.model.decoder, kind="opt", pretrained=str(root / "opt")))
+    with pytest.raises(ValueError, match=r"text.max_length: 64 tokens after 5 image tokens .* \(40\); lower .* to 35"):
+        make_model(replace(recipe, model=opt), codec)
+    make_model(replace(recipe, model=opt, text=replace(recipe.text, max_length=35)), codec)
 
 
 def stage_of(root, output, start_from, **model):
