@@ -123,17 +123,33 @@ def load_pretrained(
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{where}: {directory} holds no config.json; give the local path of a downloaded checkpoint")
-    found = json.loads(path.read_text()).get("model_type")
+    try:
+        settings = json.loads(path.read_text())
+        found = settings.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{where}: {path} is damaged ({error}); download it again") from None
     if found not in types:
         raise ValueError(
             f"{where}: {directory} is a checkpoint of type {found!r}, expected {' or '.join(types)}"
             + (f"; set model.decoder.kind: {found}" if found in KINDS and set(types) <= set(KINDS) else "")
         )
+    if settings.get("quantization_config"):
+        raise ValueError(f"{where}: {directory} holds quantised weights; give the checkpoint that they were made from")
+    if (path.parent / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{where}: {directory} holds an adapter (adapter_config.json), for which Transformers would load the model "
+            "that it names, from elsewhere; merge the two and give that, or take the adapter's files away"
+        )
     with quiet_reports():
-        model, report = model_class.from_pretrained(
-            directory, output_loading_info=True, attn_implementation=attention, dtype=torch.float32,
-            local_files_only=True,
-        )  # fmt: skip
+        try:
+            model, report = model_class.from_pretrained(
+                directory, output_loading_info=True, attn_implementation=attention, dtype=torch.float32,
+                local_files_only=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except Exception as error:  # each format of weights has errors of its own
+            raise ValueError(
+                f"{where}: {directory} cannot be loaded: {error}; download it again (files of Git LFS may be pointers)"
+            ) from error
     for state in ("missing", "unexpected", "mismatched"):
         keys = [key if isinstance(key, str) else key[0] for key in report[f"{state}_keys"]]
         keys = sorted(key for key in keys if state != "unexpected" or not key.startswith(unread))

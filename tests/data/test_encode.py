@@ -121,6 +121,33 @@ def test_no_tokenizer_there(tmp_path):
         load_tokenizer(tmp_path / "none", 8)
 
 
+def test_a_tokenizer_that_is_not_whole(codec, tmp_path):
+    """Transformers makes an empty one of a checkpoint without its vocabulary: texts without ids, or of unknown ones."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="text.tokenizer: .* holds no vocabulary; download its tokenizer.json"):
+        load_tokenizer(tmp_path, 8)
+    codec.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="text.tokenizer: .* cannot be loaded: .*Git LFS"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_ids_with_holes():
+    """tokenizers gives the number of tokens to the next one, whatever has it already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    def made(*ids):
+        words = models.WordLevel(dict(zip(("<unk>", "</s>", "dog", "cat"), ids, strict=True)), unk_token="<unk>")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="</s>")
+        add_locations(tokenizer, 4)
+        return TextCodec(tokenizer, 4)
+
+    assert (made(0, 1, 2, 3).size, made(0, 1, 2, 9).size) == (8, 10)
+    with pytest.raises(ValueError, match=r"tokenizer: <loc_1> would have the id of 'cat' \(5\).*holes"):
+        made(0, 1, 2, 5)
+
+
 def byte_level_codec():
     """A vocabulary in the way of GPT-2 and OPT: bytes, the space kept with the word behind it."""
     from tokenizers import ByteLevelBPETokenizer

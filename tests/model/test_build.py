@@ -272,6 +272,18 @@ def test_incomplete_and_foreign_checkpoints(tools, checkpoints, tmp_path):
         attempt(tmp_path / "none")
     config = json.loads((checkpoints / "llama" / "config.json").read_text())
     assert config["vocab_size"] == 30
+    for name, text, message in (
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "cannot be loaded: .*; download it again"),
+        ("adapter_config.json", "{}", "holds an adapter .* merge the two"),
+        ("config.json", json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}), "quantised weights"),
+        ("config.json", json.dumps(config | {"vocab_size": 26}), "mismatched weights for Llama.*: lm_head.weight, "),
+        ("config.json", '{"model_type": ', r"part/config.json is damaged \(.*\); download it again"),
+    ):
+        shutil.rmtree(tmp_path / "part")
+        shutil.copytree(checkpoints / "llama", tmp_path / "part")
+        (tmp_path / "part" / name).write_text(text)
+        with pytest.raises(ValueError, match=f"model.decoder.pretrained: .*{message}"):
+            attempt(tmp_path / "part")
 
 
 @pytest.mark.parametrize("window", [None, 8])
