@@ -26,10 +26,11 @@ from dsvlm.model.vision import build_tower, check_tower
 if TYPE_CHECKING:
     from dsvlm.config import DecoderConfig, ModelConfig, VisionConfig
 
-# the parts of a whole CLIP checkpoint that its vision tower leaves unread
 # what a checkpoint may call itself, by the decoder's kind: others of the same weights among them
 TYPES = {"opt": ("opt",), "llama": ("llama", "mistral"), "mpt": ("mpt",), "t5": ("t5", "mt5")}
+# the parts of a whole CLIP checkpoint that its vision tower leaves unread
 CLIP_UNREAD = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+PREPROCESSOR = "preprocessor_config.json"  # how the images of a tower's checkpoint were prepared
 
 
 def build_model(
@@ -51,6 +52,7 @@ def build_model(
         torch.manual_seed(seed)
         kind = kind_of(config.decoder.kind)
         tower = _tower(config.vision)
+        mean, std = pixel_statistics(config.vision.pretrained)
         decoder = _decoder(kind, config.decoder, vocab_size, tokens)
         added = max(0, vocab_size - decoder.config.vocab_size)
         if added:
@@ -62,8 +64,8 @@ def build_model(
                 decoder_settings=_settings(decoder),
                 heads=dict(heads),
                 moe=None if config.moe is None else asdict(config.moe),
-                image_mean=list(OPENAI_CLIP_MEAN),
-                image_std=list(OPENAI_CLIP_STD),
+                image_mean=mean,
+                image_std=std,
                 loss_chunk=config.loss_chunk,
                 **tokens,
             ),
@@ -94,6 +96,32 @@ def _tower(config: VisionConfig) -> CLIPVisionModel:
     )
     check_tower(tower.config)
     return tower
+
+
+def pixel_statistics(directory: str | None) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel, of pixels from 0 to 1, that a tower was trained with.
+
+    OpenAI's, unless its checkpoint says otherwise, as some of LAION's do.
+    """
+    path = Path(directory or "") / PREPROCESSOR
+    if directory is None or not path.is_file():
+        return list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)
+    try:
+        settings = json.loads(path.read_text())
+        mean = [float(value) for value in settings.get("image_mean", OPENAI_CLIP_MEAN)]
+        std = [float(value) for value in settings.get("image_std", OPENAI_CLIP_STD)]
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"image_mean {mean}, image_std {std}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"model.vision.pretrained: {path} tells no mean and deviation of 3 channels ({error}); download it again"
+        ) from None
+    return mean, std
+
+
+def has_own_statistics(directory: str) -> bool:
+    """Whether a checkpoint's are not OpenAI's."""
+    return pixel_statistics(directory) != pixel_statistics(None)
 
 
 def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[str, int]) -> PreTrainedModel:

@@ -122,10 +122,15 @@ def check_places(recipe: Recipe) -> None:
 
 def contents(recipe: Recipe) -> dict[str, dict[str, str]]:
     """crc32 of the files that decide what the model begins with, by the recipe's field."""
+    from dsvlm.model.build import PREPROCESSOR, has_own_statistics
+
     check_places(recipe)
     files = {
         field: {path.name: path for path in weights_of(directory)} for field, directory in places(recipe).items()
     }
+    tower = recipe.model.vision.pretrained
+    if tower and has_own_statistics(tower):
+        files["model.vision.pretrained"][PREPROCESSOR] = Path(tower) / PREPROCESSOR
     if checkpoints := start_checkpoints(recipe):  # of each the file that has the sha256 of the others
         files["model.start_from"] = {
             COMPLETE + " of a run before" * number: checkpoint / COMPLETE

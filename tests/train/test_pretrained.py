@@ -16,6 +16,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from dsvlm.config import parse_recipe
 from dsvlm.data.convert.scenes import make_scenes
@@ -25,7 +26,7 @@ from dsvlm.eval.load import load_run
 from dsvlm.train.build import make_model, make_tokenizer, plan_run
 from dsvlm.train.checkpoint import RunState, directory_of, entry_of
 from dsvlm.train.pretrained import begin_model
-from dsvlm.train.rundir import check_start, open_run, prepare_run
+from dsvlm.train.rundir import check_start, open_run, prepare_run, read_run
 from tests.dist.recipes import DECODERS, RAW, VISION
 
 TASKS = {"question": {"type": "vqa", "shards": "train/question", "samples": 6}}
@@ -103,6 +104,26 @@ def test_other_weights_at_the_same_place_are_another_run(root, tmp_path):
     (recipe.run_dir / "checkpoints/step_00000001/COMPLETE.json").write_text('{"files": {}}')
     with pytest.raises(ValueError, match=expected):
         load_run(recipe.run_dir)
+
+
+def test_pixels_are_normalised_as_the_tower_was_trained(root, tmp_path):
+    """OpenAI's statistics, unless a checkpoint has its own, which are then part of the run."""
+    codec, path = load_tokenizer(root / "tokenizer", RAW["text"]["bins"]), root / "clip-1/preprocessor_config.json"
+    made = {}
+    for name, mean in (("none", None), ("same", OPENAI_CLIP_MEAN), ("own", [0.5, 0.25, 0.5])):
+        if mean:
+            path.write_text(json.dumps({"image_mean": mean, "image_std": OPENAI_CLIP_STD}))
+        recipe = recipe_of(root, tmp_path / name)
+        begin(recipe)
+        made[name] = make_model(recipe, codec).vision.mean, read_run(recipe.run_dir)["pretrained"]
+    assert made["none"] == made["same"] and made["none"][0] == list(OPENAI_CLIP_MEAN)
+    assert made["own"][0] == [0.5, 0.25, 0.5]
+    assert "preprocessor_config.json" in made["own"][1]["model.vision.pretrained"]
+    with pytest.raises(ValueError, match="preprocessor_config.json is not the file that the run began with"):
+        prepare_run(plan_run(recipe_of(root, tmp_path / "same")))
+    path.write_text('{"image_mean": [0.5], "image_std": [0.5]}')
+    with pytest.raises(ValueError, match="tells no mean and deviation of 3 channels"):
+        make_model(recipe, codec)
 
 
 def test_another_tokenizer_is_another_run(root, tmp_path):
