@@ -11,6 +11,7 @@ from dsvlm.data.sample import Boxes, Text
 from dsvlm.data.words import plain_words, splits_at_spaces
 
 LOCATIONS = re.compile(r"((?:<loc_\d+>\s*)+)")  # a run of location tokens
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # files' names
 KNOWN, KNOWN_WORDS = 4096, 2**15  # texts and words whose ids are kept: the first to come
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0..3 of a trained vocabulary
 
@@ -86,12 +87,22 @@ class TextCodec(Encoder):
         bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         control = {bos, eos, pad} - {tokenizer.unk_token_id}
-        # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself.
-        space = " " if tokenizer.tokenize("a") != tokenizer.tokenize(" a") else ""
+        # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself, and
+        # LLaMA's form of it another one to any that is there.
+        alone, spaced, pair = map(tokenizer.tokenize, ("a", " a", "a a"))
+        space = " " if alone != spaced and alone + alone != pair else ""
         backend = tokenizer.backend_tokenizer
         super().__init__(backend, bins, bos_id=bos, eos_id=eos, pad_id=pad, control=control, space=space)
-        self.size = len(tokenizer)
-        self.first_location = tokenizer.convert_tokens_to_ids(location_tokens(bins)[0])
+        vocab = tokenizer.get_vocab()
+        self.size = 1 + max(vocab.values())  # more than there are tokens where ids leave holes
+        self.first_location = vocab[location_tokens(bins)[0]]
+        # tokenizers counts tokens for the next id: where ids leave holes, that may be another token's
+        places = {vocab[token]: token for token in location_tokens(bins)}
+        if twice := next((token for token, i in vocab.items() if places.get(i, token) != token), None):
+            raise ValueError(
+                f"tokenizer: {places[vocab[twice]]} would have the id of {twice!r} ({vocab[twice]}), for the ids of "
+                "its vocabulary leave holes; number them without"
+            )
 
     def encoder(self) -> Encoder:
         """The half that turns text into ids."""
@@ -139,10 +150,17 @@ def load_tokenizer(directory: str | Path, bins: int) -> TextCodec:
 
     if not Path(directory).is_dir():
         raise ValueError(f"text.tokenizer: {directory} is not a directory; give a local tokenizer, or 'train'")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # of any kind: Transformers reads what the files say
-        raise ValueError(f"text.tokenizer: {directory} cannot be read: {' '.join(str(error).split())}") from None
+    try:  # custom code would be asked about at the terminal
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library knows no other
+        raise ValueError(
+            f"text.tokenizer: {directory} cannot be loaded: {' '.join(str(error).split()):.300}; download it whole "
+            "(files of Git LFS may be pointers), with its tokenizer.json"
+        ) from error
+    # Where the vocabulary is not, Transformers makes an empty one: texts would have no ids, or all the same.
+    names = {*tokenizer.vocab_files_names.values(), *VOCABULARIES}
+    if not any((Path(directory) / name).is_file() for name in names):
+        raise ValueError(f"text.tokenizer: {directory} holds no vocabulary; download its tokenizer.json, too")
     if not tokenizer.is_fast:
         raise ValueError(f"text.tokenizer: {directory} has no fast tokenizer (tokenizer.json); convert it first")
     add_locations(tokenizer, bins)
@@ -182,3 +200,15 @@ def add_locations(tokenizer, bins: int) -> None:
     # Not special: they are words of an answer, and decoding must keep them.
     tokens = [AddedToken(token, normalized=False, special=False) for token in location_tokens(bins)]
     tokenizer.add_tokens(tokens)
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory holds a tokenizer, in any of Hugging Face's formats."""
+    return any((Path(directory) / name).is_file() for name in VOCABULARIES)
+
+
+def tokenizer_has_locations(directory: str | Path, bins: int) -> bool:
+    """Whether a tokenizer has the location tokens of `bins` bins of its own; added tokens are in one of these files."""
+    paths = [Path(directory) / name for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")]
+    last = f'"{location_tokens(bins)[-1]}"'
+    return any(last in path.read_text(encoding="utf-8") for path in paths if path.is_file())

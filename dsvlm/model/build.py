@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,22 +26,25 @@ from dsvlm.model.vision import build_tower, check_tower
 if TYPE_CHECKING:
     from dsvlm.config import DecoderConfig, ModelConfig, VisionConfig
 
-# the parts of a whole CLIP checkpoint that its vision tower leaves unread
 # what a checkpoint may call itself, by the decoder's kind: others of the same weights among them
 TYPES = {"opt": ("opt",), "llama": ("llama", "mistral"), "mpt": ("mpt",), "t5": ("t5", "mt5")}
+# the parts of a whole CLIP checkpoint that its vision tower leaves unread
 CLIP_UNREAD = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+PREPROCESSOR = "preprocessor_config.json"  # how the images of a tower's checkpoint were prepared
 
 
 def build_model(
     config: ModelConfig, *, vocab_size: int, pad_id: int, bos_id: int, eos_id: int, heads: dict[str, int], seed: int,
-    boxes: Sequence[str] = (),
+    boxes: Sequence[str] = (), learnt: bool = True, begun: Collection[str] = (),
 ) -> GitVlm:  # fmt: skip
     """The model of a recipe, its parameters frozen and adapted as it says; the caller's random state is not touched.
 
     vocab_size: tokens of the tokenizer, for which embedding rows are added where the decoder has fewer;
-    heads: classes per head of the bank, in the order of `Batch.head`; boxes: tasks that read or write location tokens.
-    Sizes that conflict, weights missing from or left over in a checkpoint, and added rows that such tasks need but that
-    would not train, are a ValueError.
+    heads: classes per head of the bank, in the order of `Batch.head`; boxes: tasks that read or write location tokens;
+    learnt: whether a checkpoint has learnt those that it has rows for, as vocabularies rounded up do; begun: names of
+    parameters that an earlier run has trained.
+    Sizes that conflict, weights missing from or left over in a checkpoint, and rows that such tasks need but that would
+    not train, are a ValueError.
     """
     register()
     tokens = {"pad_token_id": pad_id, "bos_token_id": bos_id, "eos_token_id": eos_id}
@@ -49,10 +52,11 @@ def build_model(
         torch.manual_seed(seed)
         kind = kind_of(config.decoder.kind)
         tower = _tower(config.vision)
+        mean, std = pixel_statistics(config.vision.pretrained)
         decoder = _decoder(kind, config.decoder, vocab_size, tokens)
         added = max(0, vocab_size - decoder.config.vocab_size)
         if added:
-            decoder.resize_token_embeddings(vocab_size)
+            add_rows(decoder, vocab_size)
         model = GitVlm(
             GitVlmConfig(
                 decoder_kind=config.decoder.kind,
@@ -60,8 +64,8 @@ def build_model(
                 decoder_settings=_settings(decoder),
                 heads=dict(heads),
                 moe=None if config.moe is None else asdict(config.moe),
-                image_mean=list(OPENAI_CLIP_MEAN),
-                image_std=list(OPENAI_CLIP_STD),
+                image_mean=mean,
+                image_std=std,
                 loss_chunk=config.loss_chunk,
                 **tokens,
             ),
@@ -75,8 +79,8 @@ def build_model(
         if config.lora is not None:
             apply_lora(model, config.lora)
     apply_freezing(model, config.freeze, config.train)
-    if added and boxes:
-        check_added_rows(model, added, boxes)
+    if boxes and (added or not learnt):
+        check_location_rows(model, added, boxes, begun)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
@@ -94,6 +98,32 @@ def _tower(config: VisionConfig) -> CLIPVisionModel:
     return tower
 
 
+def pixel_statistics(directory: str | None) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel, of pixels from 0 to 1, that a tower was trained with.
+
+    OpenAI's, unless its checkpoint says otherwise, as some of LAION's do.
+    """
+    path = Path(directory or "") / PREPROCESSOR
+    if directory is None or not path.is_file():
+        return list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)
+    try:
+        settings = json.loads(path.read_text())
+        mean = [float(value) for value in settings.get("image_mean", OPENAI_CLIP_MEAN)]
+        std = [float(value) for value in settings.get("image_std", OPENAI_CLIP_STD)]
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"image_mean {mean}, image_std {std}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"model.vision.pretrained: {path} tells no mean and deviation of 3 channels ({error}); download it again"
+        ) from None
+    return mean, std
+
+
+def has_own_statistics(directory: str) -> bool:
+    """Whether a checkpoint's are not OpenAI's."""
+    return pixel_statistics(directory) != pixel_statistics(None)
+
+
 def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[str, int]) -> PreTrainedModel:
     if config.pretrained is None:
         check_settings(kind.config, config.config, "model.decoder.config")
@@ -103,6 +133,7 @@ def _decoder(kind: Kind, config: DecoderConfig, vocab_size: int, tokens: dict[st
             kind.model, config.pretrained, kind.attention, "model.decoder.pretrained", TYPES[config.kind]
         )
         check_decoder(decoder.config)
+        decoder.get_input_embeddings().padding_idx = None  # its row may be one that is read here, and has to train
     if decoder.config.is_encoder_decoder:  # what training writes there, whatever a checkpoint was pretrained with
         decoder.config.decoder_start_token_id = tokens["pad_token_id"]
     return decoder
@@ -120,17 +151,33 @@ def load_pretrained(
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{where}: {directory} holds no config.json; give the local path of a downloaded checkpoint")
-    found = json.loads(path.read_text()).get("model_type")
+    try:
+        settings = json.loads(path.read_text())
+        found = settings.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{where}: {path} is damaged ({error}); download it again") from None
     if found not in types:
         raise ValueError(
             f"{where}: {directory} is a checkpoint of type {found!r}, expected {' or '.join(types)}"
             + (f"; set model.decoder.kind: {found}" if found in KINDS and set(types) <= set(KINDS) else "")
         )
+    if settings.get("quantization_config"):
+        raise ValueError(f"{where}: {directory} holds quantised weights; give the checkpoint that they were made from")
+    if (path.parent / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{where}: {directory} holds an adapter (adapter_config.json), for which Transformers would load the model "
+            "that it names, from elsewhere; merge the two and give that, or take the adapter's files away"
+        )
     with quiet_reports():
-        model, report = model_class.from_pretrained(
-            directory, output_loading_info=True, attn_implementation=attention, dtype=torch.float32,
-            local_files_only=True,
-        )  # fmt: skip
+        try:
+            model, report = model_class.from_pretrained(
+                directory, output_loading_info=True, attn_implementation=attention, dtype=torch.float32,
+                local_files_only=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except Exception as error:  # each format of weights has errors of its own
+            raise ValueError(
+                f"{where}: {directory} cannot be loaded: {error}; download it again (files of Git LFS may be pointers)"
+            ) from error
     for state in ("missing", "unexpected", "mismatched"):
         keys = [key if isinstance(key, str) else key[0] for key in report[f"{state}_keys"]]
         keys = sorted(key for key in keys if state != "unexpected" or not key.startswith(unread))
@@ -138,6 +185,19 @@ def load_pretrained(
             shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
             raise ValueError(f"{where}: {directory}: {state} weights for {model_class.__name__}: {shown}")
     return model
+
+
+def add_rows(decoder: PreTrainedModel, vocab_size: int) -> None:
+    """Adds rows to the embeddings, and to a head of its own: that of T5 1.1, Flan-T5 and mT5, too.
+
+    Their configurations say in Transformers 5 that it is tied, which loading does not heed where the checkpoint has a
+    head, and resizing does: the checkpoint's would be gone without a word.
+    """
+    config = decoder.config
+    said = config.tie_word_embeddings
+    config.tie_word_embeddings = decoder.get_input_embeddings().weight is decoder.get_output_embeddings().weight
+    decoder.resize_token_embeddings(vocab_size)
+    config.tie_word_embeddings = said
 
 
 @contextmanager
@@ -152,15 +212,22 @@ def quiet_reports():
         logger.setLevel(level)
 
 
-def check_added_rows(model: GitVlm, added: int, tasks: Sequence[str]) -> None:
-    """ValueError if rows that were added for location tokens are frozen: they start alike, and would stay so."""
+def check_location_rows(model: GitVlm, added: int, tasks: Sequence[str], begun: Collection[str]) -> None:
+    """ValueError if rows of location tokens are frozen that nothing has trained: they start alike, and would stay so.
+
+    added: rows that the checkpoint does not have; begun: names of parameters that an earlier run has trained.
+    """
     ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    frozen = [name for name, p in model.named_parameters() if id(p) in ends and not p.requires_grad]
+    frozen = [
+        name for name, p in model.named_parameters() if id(p) in ends and not p.requires_grad and name not in begun
+    ]
     if frozen:
+        what = f"the decoder got {added} rows for tokens that its checkpoint does not have, location tokens among them"
+        if not added:
+            what = "the decoder's checkpoint has rows to spare for location tokens, but has not learnt these tokens"
         raise ValueError(
-            f"model.train: the decoder got {added} rows for tokens that its checkpoint does not have, location tokens "
-            f"among them, but model.lora or model.freeze keeps {' and '.join(frozen)} as they are, so that task "
-            f"{', '.join(tasks)} could not tell places apart; add {', '.join(map(repr, frozen))} to model.train"
+            f"model.train: {what}, but model.lora or model.freeze keeps {' and '.join(frozen)} as they are, so that "
+            f"task {', '.join(tasks)} could not tell places apart; add {', '.join(map(repr, frozen))} to model.train"
         )
 
 

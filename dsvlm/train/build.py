@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -16,7 +16,13 @@ from dsvlm.data.loader import Loader, LoaderConfig, Source
 from dsvlm.data.manifest import Manifest, check_files, join, load_manifest
 from dsvlm.data.reader import ShardReader
 from dsvlm.data.sample import Text
-from dsvlm.data.tokenizer import TextCodec, load_tokenizer, train_tokenizer
+from dsvlm.data.tokenizer import (
+    TextCodec,
+    has_tokenizer,
+    load_tokenizer,
+    tokenizer_has_locations,
+    train_tokenizer,
+)
 from dsvlm.data.transforms import resolve_decoder
 from dsvlm.schedule import shares
 from dsvlm.schedule.controller import CONTROLLERS, Controller
@@ -233,10 +239,11 @@ def make_deal(planned: Planned, codec: TextCodec, world_size: int) -> Callable[[
     return make_dealer(planned, open_lengths(planned, codec), world_size)
 
 
-def make_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
+def make_model(recipe: Recipe, codec: TextCodec, trains: bool = True, begun: Collection[str] = ()):
     """The model with the recipe's sizes, frozen parts and adapters, in the recipe's dtype, on the CPU.
 
-    trains: whether to refuse a recipe that could not learn its tasks; what has been trained is taken as it is.
+    trains: whether to refuse a recipe that could not learn its tasks; what has been trained is taken as it is; begun:
+    names of parameters that will have the values of an earlier run.
     """
     import torch
 
@@ -245,9 +252,35 @@ def make_model(recipe: Recipe, codec: TextCodec, trains: bool = True):
     boxes = [name for name, kind in task_types(recipe).items() if kind.has_boxes] if trains else []
     model = build_model(
         recipe.model, vocab_size=codec.size, pad_id=codec.pad_id, bos_id=codec.bos_id, eos_id=codec.eos_id,
-        heads=head_sizes(recipe), seed=recipe.seed, boxes=boxes,
+        heads=head_sizes(recipe), seed=recipe.seed, boxes=boxes, begun=begun,
+        learnt=not boxes or has_learnt_locations(recipe),
     )  # fmt: skip
+    if trains:
+        check_positions(model.decoder.config, model.vision.tokens, recipe.text.max_length)
     return model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.train.dtype])
+
+
+def check_positions(decoder, image: int, text: int) -> None:
+    """ValueError when the longest row has no positions in a table whose size, or that of images, a checkpoint tells.
+
+    One such sample would end the run in its midst. Positions that are no table have no end.
+    """
+    if decoder.model_type == "opt" and image + text > (room := decoder.max_position_embeddings):
+        raise ValueError(
+            f"text.max_length: {text} tokens after {image} image tokens are more than the decoder's "
+            f"max_position_embeddings ({room}); lower text.max_length to {max(room - image, 0)}"
+        )
+
+
+def has_learnt_locations(recipe: Recipe) -> bool:
+    """Whether the decoder's checkpoint was trained with location tokens: its tokenizer has them.
+
+    A checkpoint without a tokenizer beside it is taken to be that of text.tokenizer.
+    """
+    decoder = recipe.model.decoder.pretrained
+    if decoder is None:
+        return True
+    return tokenizer_has_locations(decoder if has_tokenizer(decoder) else recipe.text.tokenizer, recipe.text.bins)
 
 
 def manifest_record(manifests: dict[str, Manifest]) -> dict[str, str]:

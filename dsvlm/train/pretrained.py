@@ -23,7 +23,7 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True, record: d
     Raises ValueError when they are of another vocabulary, or one of them has no place in the model.
     """
     starts = list(start_checkpoints(recipe.model.start_from, record).values())
-    model = make_model(recipe, codec, trains and not starts)  # what is frozen now may have been trained before
+    model = make_model(recipe, codec, trains, begun=set().union(*map(names_of, starts)))
     if not starts:
         return model
     tokenizer = starts[0].parents[1] / "tokenizer"
@@ -38,10 +38,9 @@ def begin_model(recipe: Recipe, codec: TextCodec, trains: bool = True, record: d
 
 def put_weights(model, checkpoint: Path) -> None:
     """Puts an earlier run's trained weights into a model, which must have a place for each."""
-    # What LoRA has wrapped since goes by its old name.
-    places = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    places = {plain(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in read_tensors(checkpoint, "weights"):
-        place = places.get(name.replace(".base_layer.", "."))
+        place = places.get(plain(name))
         if place is None or place.shape != tensor.shape:
             found = "no such parameter" if place is None else f"there the shape {list(place.shape)}"
             raise ValueError(
@@ -49,6 +48,22 @@ def put_weights(model, checkpoint: Path) -> None:
                 "must have all that was trained there (tasks with heads, experts, adapters and sizes alike)"
             )
         place.data.copy_(tensor)
+
+
+def plain(name: str) -> str:
+    """A parameter's name without LoRA: what has been wrapped since goes by its old name."""
+    return name.replace(".base_layer.", ".")
+
+
+def names_of(checkpoint: Path) -> set[str]:
+    """Plain names of the parameters that a checkpoint holds."""
+    from safetensors import safe_open
+
+    names = set()
+    for path in checkpoint.glob("weights-*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            names.update(map(plain, tensors.keys()))
+    return names
 
 
 def check_heads(recipe: Recipe, checkpoint: Path) -> None:
@@ -101,7 +116,7 @@ def start_checkpoint(start_from: str | None) -> Path | None:
     found = [given] if is_complete(given) else complete_checkpoints(given)
     if not found:
         raise ValueError(
-            f"model.start_from: {given} holds no complete checkpoint; give the directory of a run, or one of its "
+            f"{START}: {given} holds no complete checkpoint; give the directory of a run, or one of its "
             "checkpoints/step_..."
         )
     return found[-1]
@@ -120,8 +135,13 @@ def check_places(recipe: Recipe) -> None:
 
 def contents(recipe: Recipe, record: dict | None = None) -> dict[str, dict[str, str]]:
     """crc32 of the files that decide what the model begins with, by the recipe's field; record: as of `begin_model`."""
+    from dsvlm.model.build import PREPROCESSOR, has_own_statistics
+
     check_places(recipe)
     files = {field: weights_of(directory) for field, directory in places(recipe).items()}
+    tower = recipe.model.vision.pretrained
+    if tower and has_own_statistics(tower):
+        files["model.vision.pretrained"].append(Path(tower) / PREPROCESSOR)
     for field, checkpoint in start_checkpoints(recipe.model.start_from, record).items():
         files[field] = [checkpoint / "COMPLETE.json"]  # which has the sha256 of the others
     return {field: crcs(paths) for field, paths in files.items()}

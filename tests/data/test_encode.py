@@ -195,6 +195,33 @@ def test_no_tokenizer_there(tmp_path):
         load_tokenizer(tmp_path / "none", 8)
 
 
+def test_a_tokenizer_that_is_not_whole(codec, tmp_path):
+    """Transformers makes an empty one of a checkpoint without its vocabulary: texts without ids, or of unknown ones."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="text.tokenizer: .* holds no vocabulary; download its tokenizer.json"):
+        load_tokenizer(tmp_path, 8)
+    codec.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="text.tokenizer: .* cannot be loaded: .*Git LFS"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_ids_with_holes():
+    """tokenizers gives the number of tokens to the next one, whatever has it already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    def made(*ids):
+        words = models.WordLevel(dict(zip(("<unk>", "</s>", "dog", "cat"), ids, strict=True)), unk_token="<unk>")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="</s>")
+        add_locations(tokenizer, 4)
+        return TextCodec(tokenizer, 4)
+
+    assert (made(0, 1, 2, 3).size, made(0, 1, 2, 9).size) == (8, 10)
+    with pytest.raises(ValueError, match=r"tokenizer: <loc_1> would have the id of 'cat' \(5\).*holes"):
+        made(0, 1, 2, 5)
+
+
 def byte_level_codec():
     """A vocabulary in the way of GPT-2 and OPT: bytes, the space kept with the word behind it."""
     from tokenizers import ByteLevelBPETokenizer
@@ -205,6 +232,21 @@ def byte_level_codec():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token="</s>", pad_token="</s>")
     add_locations(tokenizer, 8)
     return TextCodec(tokenizer, 8)
+
+
+def test_targets_begin_as_in_a_text_where_a_space_is_added_to_every_text():
+    """LLaMA's normaliser, as in checkpoints whose tokenizer is of no class of its own."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(("<unk>", "</s>", "\u2581", "a", "b", "\u2581a", "\u2581b"))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("\u2581", "a"), ("\u2581", "b")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    add_locations(tokenizer, 8)
+    codec = TextCodec(tokenizer, 8)
+    row = encode_sample(Sample((Text("a b"), Text("b a", loss=True))), codec, 64, encoder_decoder=False)
+    assert row.ids[1:-1] == codec.tokenizer("a b b a", add_special_tokens=False)["input_ids"]
 
 
 def test_byte_level_targets_start_with_their_space():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -19,7 +20,10 @@ from transformers import (
 from dsvlm.config import DecoderConfig, ModelConfig, VisionConfig
 from dsvlm.model.backbone import check_decoder, kind_of
 from dsvlm.model.build import build_model, sinusoids
+from dsvlm.model.git import GitVlm
 from dsvlm.model.lora import merge_lora
+
+PT = {"format": "pt"}
 
 
 def trainable(model):
@@ -218,6 +222,36 @@ def test_rows_added_for_boxes_must_train(tools, kind, tmp_path):
     build()
 
 
+@pytest.mark.parametrize("vocab", [30, 80])
+def test_the_head_of_a_t5_that_has_its_own_is_kept(tools, tmp_path, vocab):
+    """T5 1.1, Flan-T5, mT5: their configurations call it tied, and added rows made it so."""
+    sizes = tools.recipe("t5").decoder.config | {"feed_forward_proj": "gated-gelu", "vocab_size": vocab}
+    language = T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=False))
+    state = language.state_dict() | {"lm_head.weight": torch.randn(vocab, sizes["d_model"])}
+    language.save_pretrained(tmp_path)
+    save_file({k: v for k, v in state.items() if "embed_tokens" not in k}, tmp_path / "model.safetensors", PT)
+    decoder = DecoderConfig(kind="t5", pretrained=str(tmp_path))
+    model = tools.build(ModelConfig(vision=tools.recipe().vision, decoder=decoder))
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for end, name in zip(ends, ("shared.weight", "lm_head.weight"), strict=True):
+        assert torch.equal(end.data[:vocab], state[name]) and len(end) == max(vocab, tools.vocab)
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(GitVlm.from_pretrained(tmp_path / "out").get_output_embeddings().weight, ends[1])
+
+
+def test_the_padding_row_of_a_checkpoint_trains_where_it_is_read(tools, checkpoints, tmp_path):
+    """As torch.nn.Embedding's padding_idx it would not: of tokenizers whose padding also begins texts."""
+    batch = tools.collate(tools.mixed)
+    read = int(batch.tokens[0, 0])
+    directory = shutil.copytree(checkpoints / "llama", tmp_path / "llama")
+    settings = json.loads((directory / "config.json").read_text()) | {"pad_token_id": read}
+    (directory / "config.json").write_text(json.dumps(settings))
+    decoder = DecoderConfig(kind="llama", pretrained=str(directory))
+    model = tools.build(ModelConfig(vision=tools.recipe().vision, decoder=decoder))
+    model(batch)["loss_sum"].backward()
+    assert model.get_input_embeddings().weight.grad[read].any()
+
+
 def test_incomplete_and_foreign_checkpoints(tools, checkpoints, tmp_path):
     language = LlamaForCausalLM.from_pretrained(checkpoints / "llama")
     state = language.state_dict()
@@ -238,6 +272,18 @@ def test_incomplete_and_foreign_checkpoints(tools, checkpoints, tmp_path):
         attempt(tmp_path / "none")
     config = json.loads((checkpoints / "llama" / "config.json").read_text())
     assert config["vocab_size"] == 30
+    for name, text, message in (
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "cannot be loaded: .*; download it again"),
+        ("adapter_config.json", "{}", "holds an adapter .* merge the two"),
+        ("config.json", json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}), "quantised weights"),
+        ("config.json", json.dumps(config | {"vocab_size": 26}), "mismatched weights for Llama.*: lm_head.weight, "),
+        ("config.json", '{"model_type": ', r"part/config.json is damaged \(.*\); download it again"),
+    ):
+        shutil.rmtree(tmp_path / "part")
+        shutil.copytree(checkpoints / "llama", tmp_path / "part")
+        (tmp_path / "part" / name).write_text(text)
+        with pytest.raises(ValueError, match=f"model.decoder.pretrained: .*{message}"):
+            attempt(tmp_path / "part")
 
 
 @pytest.mark.parametrize("window", [None, 8])

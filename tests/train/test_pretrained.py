@@ -9,7 +9,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from dsvlm.config import parse_recipe
 from dsvlm.data.convert.scenes import make_scenes
@@ -99,6 +107,26 @@ def test_other_weights_at_the_same_place_are_another_run(root, tmp_path):
         load_run(recipe.run_dir)
 
 
+def test_pixels_are_normalised_as_the_tower_was_trained(root, tmp_path):
+    """OpenAI's statistics, unless a checkpoint has its own, which are then part of the run."""
+    codec, path = load_tokenizer(root / "tokenizer", RAW["text"]["bins"]), root / "clip-1/preprocessor_config.json"
+    made = {}
+    for name, mean in (("none", None), ("same", OPENAI_CLIP_MEAN), ("own", [0.5, 0.25, 0.5])):
+        if mean:
+            path.write_text(json.dumps({"image_mean": mean, "image_std": OPENAI_CLIP_STD}))
+        recipe = recipe_of(root, tmp_path / name)
+        begin(recipe)
+        made[name] = make_model(recipe, codec).vision.mean, read_run(recipe.run_dir)["pretrained"]
+    assert made["none"] == made["same"] and made["none"][0] == list(OPENAI_CLIP_MEAN)
+    assert made["own"][0] == [0.5, 0.25, 0.5]
+    assert "preprocessor_config.json" in made["own"][1]["model.vision.pretrained"]
+    with pytest.raises(ValueError, match="preprocessor_config.json is not the file that the run began with"):
+        prepare_run(plan_run(recipe_of(root, tmp_path / "same")))
+    path.write_text('{"image_mean": [0.5], "image_std": [0.5]}')
+    with pytest.raises(ValueError, match="tells no mean and deviation of 3 channels"):
+        make_model(recipe, codec)
+
+
 def test_another_tokenizer_is_another_run(root, tmp_path):
     recipe = recipe_of(root, tmp_path / "run")
     begin(recipe)
@@ -146,6 +174,18 @@ def test_the_kind_of_a_checkpoint_is_told(root, tmp_path):
         make_model(replace(recipe, model=opt), codec)
 
 
+def test_positions_of_a_checkpoint_bound_the_text(root, tmp_path):
+    """Without a word before, the first sample that is too long would end the run."""
+    sizes = DECODERS["opt"] | {"max_position_embeddings": 40}
+    OPTForCausalLM(OPTConfig(**sizes, vocab_size=64)).save_pretrained(root / "opt")
+    codec = load_tokenizer(root / "tokenizer", RAW["text"]["bins"])
+    recipe = recipe_of(root, tmp_path / "run")
+    opt = replace(recipe.model, decoder=replace(recipe.model.decoder, kind="opt", pretrained=str(root / "opt")))
+    with pytest.raises(ValueError, match=r"text.max_length: 64 tokens after 5 image tokens .* \(40\); lower .* to 35"):
+        make_model(replace(recipe, model=opt), codec)
+    make_model(replace(recipe, model=opt, text=replace(recipe.text, max_length=35)), codec)
+
+
 def stage_of(root, output, start_from, **model):
     """Two stages as LLaVA's: the connector alone, then LoRA on the decoder too."""
     recipe = recipe_of(root, output).to_dict()
@@ -190,6 +230,53 @@ def test_a_second_stage_begins_with_the_weights_of_the_first(root, tmp_path, nam
     save_weights(stage_of(root, tmp_path / "other", None, freeze=["^vision", "^decoder"]), seed=4)
     with pytest.raises(ValueError, match="model.start_from: COMPLETE.json is not the file that the run began with"):
         begin(stage_of(root, tmp_path / "second", tmp_path / "other", lora={"targets": ["q_proj"], "r": 2}))
+
+
+def test_a_third_stage_needs_the_run_that_the_second_began_with(root, tmp_path):
+    lora = {"lora": {"targets": ["q_proj"], "r": 2}}
+    first = stage_of(root, tmp_path / "first", None, freeze=["^vision", "^decoder"])
+    save_weights(first, "^connector")
+    second = stage_of(root, tmp_path / "second", first.run_dir, freeze=["^vision", "^connector"], **lora)
+    save_weights(second, "lora", seed=4)
+    third = stage_of(root, tmp_path / "third", second.run_dir, **lora)
+    save_weights(stage_of(root, tmp_path / "other", None, freeze=["^vision", "^decoder"]), seed=5)
+    shutil.move(first.run_dir, tmp_path / "kept")
+    with pytest.raises(ValueError, match="model.start_from: .*first holds no complete checkpoint"):
+        begin(third)
+    shutil.move(tmp_path / "other", first.run_dir)
+    with pytest.raises(ValueError, match="second froze a part of what it began with, which is not in .*step_00000001"):
+        begin(third)
+
+
+def test_rows_of_location_tokens_must_have_been_trained_somewhere(root, tmp_path):
+    """Of a checkpoint that has rows to spare, too, and after an earlier run that kept them as they were."""
+    vocab = load_tokenizer(root / "tokenizer", RAW["text"]["bins"]).size
+    plain = json.loads((root / "tokenizer/tokenizer.json").read_text())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<loc_")]
+    (root / "llama/tokenizer.json").write_text(json.dumps(plain))
+    shutil.copy(root / "tokenizer/tokenizer_config.json", root / "llama")
+
+    def attempt(name, start_from=None, **model):
+        recipe = stage_of(root, tmp_path / name, start_from, **model).to_dict()
+        recipe["tasks"]["question"] |= {"type": "classify"}
+        recipe = parse_recipe(recipe)
+        codec = load_tokenizer(root / "llama", recipe.text.bins)
+        assert codec.size == vocab
+        return lambda: begin_model(recipe, codec)
+
+    lora, ends = {"lora": {"targets": ["q_proj"], "r": 2}}, ["embed_tokens", "lm_head"]
+    message = "has not learnt these tokens.*task question .*add 'decoder.model.embed_tokens.weight', 'decoder.lm_head"
+    with pytest.raises(ValueError, match=message):
+        attempt("alone", **lora)()
+    attempt("alone", **lora, train=ends)()
+    frozen = {"freeze": ["^vision", "^decoder"]}
+    save_weights(stage_of(root, tmp_path / "connector", None, **frozen), "^connector")
+    save_weights(stage_of(root, tmp_path / "rows", None, **frozen, train=ends), "embed_tokens|lm_head")
+    with pytest.raises(ValueError, match=message):
+        attempt("second", tmp_path / "connector", **lora)()
+    attempt("second", tmp_path / "rows", **lora)()
+    shutil.copy(root / "tokenizer/tokenizer.json", root / "llama")  # as a checkpoint that was trained with boxes
+    attempt("alone", **lora)()
 
 
 def test_a_second_stage_with_the_adapters_of_the_first(root, tmp_path, monkeypatch):
