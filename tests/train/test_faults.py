@@ -218,7 +218,7 @@ def test_a_vocabulary_that_was_changed_is_refused(root, tmp_path):
     prepare_run(planned)
     open_run(planned)
     path.write_text(whole[:100])
-    with pytest.raises(ValueError, match="^text.tokenizer: .*run/tokenizer cannot be read: [^\n]*$"):
+    with pytest.raises(ValueError, match="^text.tokenizer: .*run/tokenizer cannot be loaded: [^\n]*$"):
         open_run(planned)
 
 
