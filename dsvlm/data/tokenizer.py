@@ -90,7 +90,8 @@ class TextCodec(Encoder):
         # Byte-level vocabularies keep the space with the word that follows it; SentencePiece adds it by itself, and
         # LLaMA's form of it another one to any that is there.
         alone, spaced, pair = map(tokenizer.tokenize, ("a", " a", "a a"))
-        space = " " if alone != spaced and alone + alone != pair else ""
+        self.prepends = alone != spaced and alone + alone == pair
+        space = " " if alone != spaced and not self.prepends else ""
         backend = tokenizer.backend_tokenizer
         super().__init__(backend, bins, bos_id=bos, eos_id=eos, pad_id=pad, control=control, space=space)
         vocab = tokenizer.get_vocab()
@@ -115,7 +116,8 @@ class TextCodec(Encoder):
 
     def hash(self) -> str:
         """sha256 of the tokenizer's whole definition: part of a run's identity."""
-        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        form = " prepends" * self.prepends  # earlier versions put a space of their own before segments there, too
+        return hashlib.sha256((self.tokenizer.backend_tokenizer.to_str() + form).encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
         self.tokenizer.save_pretrained(directory)

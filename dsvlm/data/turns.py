@@ -21,13 +21,18 @@ def read_turns(turns: list) -> tuple[str, list[tuple[str, str]]]:
     questions = [text for _, text in spoken[::2]]
     if sum(question.count(IMAGE) for question in questions) > 1:
         raise ValueError("several images in one conversation")
-    questions = [question.replace(IMAGE, "").strip() if IMAGE in question else question for question in questions]
+    questions = [unmarked(question) if IMAGE in question else question for question in questions]
     answers = [text for _, text in spoken[1::2]]
     if not all(answer.strip() for answer in answers):
         raise ValueError("an answer without text")
     if not all(question.strip() for question in questions[1:]):
         raise ValueError("a question without text, behind an answer")
     return system, list(zip(questions, answers, strict=True))
+
+
+def unmarked(question: str) -> str:
+    """A question without the mark of its image, and without the space around that."""
+    return " ".join(part.strip() for part in question.split(IMAGE) if part.strip())
 
 
 def read_turn(turn) -> tuple[str, str]:

@@ -48,7 +48,7 @@ def load_run(
     checkpoint = checkpoint or latest_checkpoint(run_dir)
     if kind == "ema" and not recipe.optim.ema:
         raise ValueError(f"{run_dir}: the run keeps no averaged weights (optim.ema is 0); leave --ema out")
-    if record := read_run(run_dir).get("pretrained", {}):
+    if record := read_run(run_dir).get("pretrained"):
         check_contents(recipe, record)
     codec = load_own_tokenizer(run_dir, recipe.text.bins)
     model = begin_model(recipe, codec, trains=False, record=record)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dsvlm.data.sample import Segment, Text
+from dsvlm.data.sample import Sample, Segment, Text
 from dsvlm.data.turns import read_turns
 from dsvlm.tasks.base import TaskType, exact_share
 from dsvlm.tasks.caption import word_f1
@@ -24,17 +24,24 @@ class Conversation(TaskType):
         if self.asked is not None:
             raise ValueError(f"prompt {self.prompt!r}: it has no {{text}}, where the questions of a conversation stand")
 
+    def sample(self, record: dict) -> Sample:
+        return Sample(self.said(record))
+
     def question(self, record: dict) -> tuple[Segment, ...]:
         """The image, the system's text and all turns up to the last answer."""
+        return self.said(record)[:-1]
+
+    def target(self, record: dict) -> tuple[Segment, ...]:
+        return self.said(record)[-1:]
+
+    def said(self, record: dict) -> tuple[Segment, ...]:
+        """All of a conversation; the last segment is the last answer."""
         system, turns = read_turns(record["conversations"])
         image, *first = self.filled({"text": turns[0][0]})
         segments = [image, *([Text(system)] if system.strip() else ()), *first]
         for (_, answer), (question, _) in zip(turns, turns[1:], strict=False):
             segments += [Text(answer, loss=True), *self.filled({"text": question})[1:]]
-        return tuple(segments)
-
-    def target(self, record: dict) -> tuple[Text, ...]:
-        return (Text(read_turns(record["conversations"])[1][-1][1], loss=True),)
+        return (*segments, Text(turns[-1][1], loss=True))
 
     def score(self, answers: Sequence[str], records: Sequence[dict], bins: int) -> dict[str, float]:
         truths = [self.truth(record) for record in records]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsvlm.train.preempt import LAUNCHED, SIGNALS, clear_stop, install_handlers, request_stop, stop_file
+from dsvlm.train.preempt import LAUNCHED, SIGNALS, clear_stop, install_handlers, request_stop
 
 if TYPE_CHECKING:
     import torch
@@ -139,9 +139,13 @@ def launch(arguments: Sequence[str], nproc: int, run_dir: Path) -> int:
     # A session of its own: Ctrl-C then reaches this process alone, and the launcher cannot kill ranks that are saving.
     child = subprocess.Popen(command, env=environ, start_new_session=True)
 
+    asked = False
+
     def stop(number: int, frame) -> None:
-        if number == signal.SIGINT and stop_file(run_dir, token).exists():
+        nonlocal asked
+        if number == signal.SIGINT and asked:
             os.killpg(child.pid, signal.SIGKILL)  # the second Ctrl-C means now
+        asked = True
         try:
             request_stop(run_dir, token)
         except OSError:  # no room or quota for a file: by signal, which leaves ranks 30 seconds to save

@@ -106,7 +106,7 @@ def build_run(planned: Planned, guard: Guard, stop: StopFlag, device) -> Run:
     })  # fmt: skip
     guard.first(make_run_lengths, planned, codec)
     guard.same(lengths_record(guard.together(open_lengths, planned, codec)))
-    pretrained = guard.together(read_run, recipe.run_dir).get("pretrained", {})
+    pretrained = guard.together(read_run, recipe.run_dir).get("pretrained")
     model = guard.together(begin_model, recipe, codec, checkpoint is None, pretrained)
     image_size = model.config.vision_settings["image_size"]
     loader = guard.together(make_loader, planned, codec, image_size, rank, world_size, decoder)

@@ -57,12 +57,15 @@ def plain(name: str) -> str:
 
 def names_of(checkpoint: Path) -> set[str]:
     """Plain names of the parameters that a checkpoint holds."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     names = set()
     for path in checkpoint.glob("weights-*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            names.update(map(plain, tensors.keys()))
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                names.update(map(plain, tensors.keys()))
+        except SafetensorError as error:
+            raise ValueError(f"{START}: {path} is damaged ({error}); restore it, or give another checkpoint") from error
     return names
 
 
@@ -94,7 +97,8 @@ def start_checkpoints(start_from: str | None, record: dict | None = None) -> dic
 
 def starts_before(run_dir: Path) -> dict[str, Path]:
     """The checkpoints that an earlier run began with, where it has trained a part of its model alone."""
-    model = read_raw(run_dir / "recipe.yaml")["model"]
+    path = run_dir / "recipe.yaml"
+    model = read_raw(path)["model"] if path.is_file() else {}  # a checkpoint that was copied with its tokenizer alone
     if model.get("start_from") is None or not (model["freeze"] or model["lora"]):
         return {}
     record = json.loads((run_dir / "run.json").read_text()).get("pretrained", {})
@@ -162,9 +166,10 @@ def check_contents(recipe: Recipe, record: dict[str, dict[str, str]] | None) -> 
         changed = sorted(name for name in known | files if known.get(name) != files.get(name))
         if changed:
             name = changed[0]
+            remedy = "give the checkpoint that it was" if name in known else "take it away: the run began without it"
             raise ValueError(
                 f"{field}: {name} is not the file that the run began with (crc32 {known.get(name, 'of none')}, now "
-                f"{files.get(name, 'of none')}): give the checkpoint that it was"
+                f"{files.get(name, 'of none')}): {remedy}"
             )
     return found
 

@@ -59,7 +59,7 @@ def prepare_run(planned: Planned, ranks: int = 1) -> None:
         codec = make_tokenizer(planned)
         shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)  # of a start that failed before its first update
         save_tokenizer(codec, recipe.text.tokenizer, run_dir / "tokenizer")
-        tokenizer = crcs(sorted((run_dir / "tokenizer").iterdir()))
+        tokenizer = crcs(sorted(path for path in (run_dir / "tokenizer").iterdir() if path.is_file()))
     # At every start: execution settings, such as where shards lie and are evaluated, may have changed.
     write_file(run_dir / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
     # Last: a directory without run.json is one that was never started.
@@ -201,7 +201,8 @@ def check_same_run(planned: Planned) -> None:
         "format": "version of dsvlm that began it",
     }
     for kind, fix in remedies.items():
-        changed = [key for key in sorted(saved[kind] | now[kind]) if saved[kind].get(key) != now[kind].get(key)]
+        was, is_ = ({key: json.dumps(value, sort_keys=True) for key, value in of[kind].items()} for of in (saved, now))
+        changed = [key for key in sorted(was | is_) if was.get(key) != is_.get(key)]  # 0 is not 0.0 to the identity
         if changed:
             shown = "; ".join(f"{k}: was {saved[kind].get(k)!r}, now {now[kind].get(k)!r}" for k in changed[:5])
             what = "the manifest of task " if kind == "manifests" else ""

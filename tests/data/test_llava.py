@@ -56,7 +56,7 @@ def test_images_and_text_become_sets_of_their_own(llava):
 
 def test_other_spellings(llava):
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
-    lines = [{"messages": messages, "images": ["b.png"]}, {"messages": messages, "images": []}]
+    lines = [{"messages": messages, "image": None, "images": ["b.png"]}, {"messages": messages, "image": ""}]
     report = llava("\n".join(map(json.dumps, lines)) + "\n", name="talks.jsonl", resize=20)
     assert {name: found["samples"] for name, found in report["tasks"].items()} == {"image": 1, "text": 1}
     (record, data), = records(llava.path / "out/image").values()

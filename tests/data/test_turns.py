@@ -22,6 +22,7 @@ def test_llava_and_openai_say_the_same():
 def test_texts_are_as_written_but_for_the_mark_of_the_image():
     assert read_turns(said(" a  b\n", " c ", "d\n<image>", "e"))[1] == [(" a  b\n", " c "), ("d", "e")]
     assert read_turns(said("<image>", "a dog"))[1] == [("", "a dog")]
+    assert read_turns(said("hi<image>there  you", "a"))[1][0][0] == "hi there  you"
     assert read_turns(said("what?", "the tag <image> and <image>"))[1][0][1] == "the tag <image> and <image>"
 
 

@@ -201,6 +201,15 @@ def test_a_start_that_failed_before_its_first_update_may_be_corrected(root, tmp_
             prepare_run(corrected)
 
 
+def test_a_number_of_another_kind_is_named(root, tmp_path):
+    """The identity of a run tells 0 from 0.0."""
+    changes = {"tasks": TASKS, "output": str(tmp_path / "run")}
+    prepare_run(plan_run(tiny(root, **changes)))
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match="dropout.*: was .*0.0.*, now .*0"):
+        prepare_run(plan_run(tiny(root, **changes, model__decoder__config__dropout=0)))
+
+
 def test_a_vocabulary_that_was_changed_is_refused(root, tmp_path):
     """One that Transformers still reads would split every text in another way, without a word."""
     planned = plan_run(tiny(root, tasks=TASKS, output=str(tmp_path / "run")))

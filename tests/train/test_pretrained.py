@@ -244,8 +244,35 @@ def test_a_third_stage_needs_the_run_that_the_second_began_with(root, tmp_path):
     with pytest.raises(ValueError, match="model.start_from: .*first holds no complete checkpoint"):
         begin(third)
     shutil.move(tmp_path / "other", first.run_dir)
+    (second.run_dir / "kept.yaml").write_bytes((second.run_dir / "recipe.yaml").read_bytes())
+    (second.run_dir / "recipe.yaml").unlink()  # as a checkpoint that was copied with its tokenizer
+    begin(third)
+    shutil.rmtree(third.run_dir)
+    shutil.move(second.run_dir / "kept.yaml", second.run_dir / "recipe.yaml")
     with pytest.raises(ValueError, match="second froze a part of what it began with, which is not in .*step_00000001"):
         begin(third)
+
+
+def test_a_start_that_is_damaged_is_one_error(root, tmp_path):
+    first = stage_of(root, tmp_path / "first", None, freeze=["^vision", "^decoder"])
+    save_weights(first)
+    [path] = first.run_dir.glob("checkpoints/*/weights-*.safetensors")
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+    second = stage_of(root, tmp_path / "second", first.run_dir)
+    with pytest.raises(ValueError, match="model.start_from: .*safetensors is damaged"):
+        begin_model(second, load_tokenizer(root / "tokenizer", second.text.bins))
+
+
+def test_a_tokenizer_may_have_chat_templates_in_a_folder(root, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+    tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ messages }}"}
+    tokenizer.save_pretrained(root / "tokenizer")
+    assert any(path.is_dir() for path in (root / "tokenizer").iterdir())
+    recipe = recipe_of(root, tmp_path / "run")
+    begin(recipe)
+    open_run(plan_run(recipe))
 
 
 def test_rows_of_location_tokens_must_have_been_trained_somewhere(root, tmp_path):

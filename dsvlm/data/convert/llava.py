@@ -110,8 +110,8 @@ def _entries(path: Path) -> list[dict]:
 
 def _image_name(entry: dict) -> str | None:
     """The one image of a conversation; ValueError, in words that can be counted, when there are several."""
-    names = entry.get("image", entry.get("images"))
-    names = [names] if isinstance(names, str) else names or []
+    names = entry.get("image") or entry.get("images") or []
+    names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("an image that is no name of a file")
     if len(names) > 1:
