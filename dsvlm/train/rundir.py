@@ -201,8 +201,10 @@ def check_same_run(planned: Planned) -> None:
         "format": "version of dsvlm that began it",
     }
     for kind, fix in remedies.items():
-        was, is_ = ({key: json.dumps(value, sort_keys=True) for key, value in of[kind].items()} for of in (saved, now))
-        changed = [key for key in sorted(was | is_) if was.get(key) != is_.get(key)]  # 0 is not 0.0 to the identity
+        # As text, for 0 is not 0.0 to the identity; what an earlier version did not know is None.
+        was, own = ({key: json.dumps(of[kind].get(key), sort_keys=True) for key in saved[kind] | now[kind]}
+                    for of in (saved, now))  # fmt: skip
+        changed = sorted(key for key in was if was[key] != own[key])
         if changed:
             shown = "; ".join(f"{k}: was {saved[kind].get(k)!r}, now {now[kind].get(k)!r}" for k in changed[:5])
             what = "the manifest of task " if kind == "manifests" else ""
