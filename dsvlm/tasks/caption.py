@@ -17,9 +17,13 @@ class Caption(TaskType):
         return (Text(record["caption"], loss=True),)
 
     def score(self, answers: Sequence[str], records: Sequence[dict], bins: int) -> dict[str, float]:
-        truths = [r["caption"] for r in records]
-        f1 = [word_f1(a, t) for a, t in zip(answers, truths, strict=True)]
-        return {"word_f1": sum(f1) / max(len(f1), 1), "exact": exact_share(answers, truths)}
+        return text_scores(answers, [r["caption"] for r in records])
+
+
+def text_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """Scores of free text: the mean F1 over words, and the share that is right to the word."""
+    f1 = [word_f1(a, t) for a, t in zip(answers, truths, strict=True)]
+    return {"word_f1": sum(f1) / max(len(f1), 1), "exact": exact_share(answers, truths)}
 
 
 def word_f1(answer: str, truth: str) -> float:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from dsvlm.data.sample import Sample, Segment, Text
 from dsvlm.data.turns import read_turns
-from dsvlm.tasks.base import TaskType, exact_share
-from dsvlm.tasks.caption import word_f1
+from dsvlm.tasks.base import TaskType
+from dsvlm.tasks.caption import text_scores
 
 
 class Conversation(TaskType):
@@ -44,6 +44,4 @@ class Conversation(TaskType):
         return (*segments, Text(turns[-1][1], loss=True))
 
     def score(self, answers: Sequence[str], records: Sequence[dict], bins: int) -> dict[str, float]:
-        truths = [self.truth(record) for record in records]
-        f1 = [word_f1(a, t) for a, t in zip(answers, truths, strict=True)]
-        return {"word_f1": sum(f1) / max(len(f1), 1), "exact": exact_share(answers, truths)}
+        return text_scores(answers, [self.truth(record) for record in records])
